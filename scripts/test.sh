@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Sets up .venv (or takes PYTHON=...), then lints and tests the project. Arguments go to pytest.
+set -euo pipefail
+source "$(dirname "$0")/environment.sh" pytest ruff
+"$PYTHON" -m ruff check .
+"$PYTHON" -m pytest "$@"

@@ -1,0 +1,140 @@
+"""The colour half of the SimCLR recipe, for a whole batch at once on the device, each image with its own parameters.
+
+The worker processes decode and crop (`sogclr.loader`) and hand over uint8 crops with the uniform random numbers that
+decide the rest. Here every operation is a formula over the whole batch, without branches, so that it runs the same on
+CPU and GPU and never waits for the device. Recipe: SimCLR / BYOL as in the authors' release.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
+P_JITTER, P_GREY = 0.8, 0.2
+SIGMA = 0.1, 2.0        # of the blur, in pixels
+_LUMA = 0.2989, 0.587, 0.114
+
+
+class Normalize(nn.Module):
+    """uint8 crops [B, 3, H, W] -> float32 with the data set's mean and standard deviation of each channel."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images):
+        return (images.float() / 255 - self.mean) / self.std
+
+
+class Augment(nn.Module):
+    """Colour jitter, greyscale, blur and normalisation, called with a view as the loader makes it:
+
+    (images, draws): uint8 [B, 3, H, W] crops, already flipped, and float32 [B, num_draws] uniform in [0, 1).
+    Returns float32 [B, 3, H, W], normalised. blur: whether to blur (the authors do not at 32 pixels).
+    """
+
+    num_draws = 11
+
+    def __init__(self, mean, std, blur):
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.blur = blur
+
+    @torch.no_grad()
+    def forward(self, view):
+        images, draws = view
+        images = images.float() / 255
+        images = color_jitter(images, *jitter_parameters(draws[:, :9]))
+        images = torch.lerp(images, luma(images), (draws[:, 9] < P_GREY).to(images)[:, None, None, None])
+        if self.blur:
+            images = gaussian_blur(images, SIGMA[0] + (SIGMA[1] - SIGMA[0]) * draws[:, 10])
+        return (images - self.normalize.mean) / self.normalize.std
+
+
+def jitter_parameters(draws):
+    """[B, 9] uniform draws -> order [B, 4] of the operations (0 brightness, 1 contrast, 2 saturation, 3 hue) and their
+    factors [B, 4], which are those that change nothing where the jitter is not applied (probability 1 - P_JITTER).
+    """
+    order = draws[:, :4].argsort(dim=1)
+    applied = draws[:, 4:5] < P_JITTER
+    spread = draws.new_tensor([BRIGHTNESS, CONTRAST, SATURATION, HUE])
+    neutral = draws.new_tensor([1.0, 1.0, 1.0, 0.0])
+    return order, neutral + applied * spread * (2 * draws[:, 5:9] - 1)
+
+
+def color_jitter(images, order, factors):
+    """torchvision's ColorJitter with the given parameters of each image.
+
+    images: [B, 3, H, W] in [0, 1]; order: [B, 4] the operation at each place; factors: [B, 4] by operation.
+
+    Brightness, contrast and saturation are one formula, a blend with black, with the mean grey, or with the grey image.
+    Hue is the dear one, so it is done once for all: three places before it, then hue, then three places after it, with
+    a blend that changes nothing where an image has no operation left.
+    """
+    hue_at = (order == 3).int().argmax(dim=1)
+    for place in range(3):
+        images = _blend(images, order[:, place], factors, place < hue_at)
+    images = adjust_hue(images, factors[:, 3])
+    for place in range(1, 4):
+        images = _blend(images, order[:, place], factors, place > hue_at)
+    return images
+
+
+def _blend(images, operation, factors, active):
+    """Brightness (0), contrast (1) or saturation (2), for the images that are `active`."""
+    factor = torch.where(active, factors.gather(1, operation[:, None])[:, 0], 1.0)
+    grey = luma(images)
+    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
+    other = mean * _each(operation == 1) + grey * _each(operation == 2)
+    return (_each(factor) * images + _each(1 - factor) * other).clamp_(0, 1)    # exactly `images` where factor is 1
+
+
+def _each(values):
+    """[B] -> [B, 1, 1, 1]: one value an image."""
+    return values[:, None, None, None]
+
+
+def luma(images):
+    """[B, 3, H, W] -> [B, 1, H, W] grey, with torchvision's weights."""
+    r, g, b = images.unbind(1)
+    return (_LUMA[0] * r + _LUMA[1] * g + _LUMA[2] * b)[:, None]
+
+
+def adjust_hue(images, shift):
+    """Rotate the hue of [B, 3, H, W] in [0, 1] by shift [B] turns, in HSV as torchvision does."""
+    r, g, b = images.unbind(1)
+    value = images.amax(1)
+    chroma = value - images.amin(1)
+    safe = torch.where(chroma > 0, chroma, 1.0)
+    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = hue + 6 * shift[:, None, None]                                        # in sixths of a turn
+    channels = []
+    for n in (5, 3, 1):
+        k = (hue + n) % 6
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
+    return torch.stack(channels, dim=1)
+
+
+def gaussian_blur(images, sigma):
+    """Blur [B, 3, H, W] by a Gaussian of sigma [B] pixels each, cut at 4 of the largest sigma, edges reflected.
+
+    As two matrix products: each image has its own [H, H] and [W, W] matrix.
+    """
+    height, width = images.shape[-2:]
+    rows, columns = _blur_matrix(height, sigma), _blur_matrix(width, sigma)
+    return rows[:, None] @ images @ columns[:, None].mT
+
+
+def _blur_matrix(size, sigma):
+    """[B, size, size]: row i holds the weights of the pixels that make the blurred pixel i."""
+    reach = min(math.ceil(4 * SIGMA[1]), size - 1)
+    offsets = torch.arange(-reach, reach + 1, device=sigma.device)
+    kernel = torch.exp(-offsets**2 / (2 * sigma[:, None] ** 2))
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)                           # [B, 2 reach + 1]
+    source = torch.arange(size, device=sigma.device)[:, None] + offsets         # [size, 2 reach + 1]
+    source = source.abs()                                                       # reflected at the first pixel
+    source = (size - 1) - ((size - 1) - source).abs()                           # and at the last
+    matrix = sigma.new_zeros(len(sigma), size, size)
+    return matrix.scatter_add_(2, source.expand(len(sigma), -1, -1), kernel[:, None].expand(-1, size, -1))

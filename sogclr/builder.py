@@ -1,0 +1,92 @@
+"""The SimCLR model: a torchvision ResNet with a projection head; and how to take its encoder out of a checkpoint."""
+
+import torch.nn as nn
+import torchvision
+
+from sogclr import InputError
+
+
+def resnet(arch, stem="imagenet", **kwargs):
+    """A torchvision ResNet. `stem="cifar"` makes its first convolution 3x3 with stride 1 and drops the max-pool.
+
+    `kwargs` go to torchvision (`num_classes`, `zero_init_residual`).
+    """
+    encoder = torchvision.models.get_model(arch, weights=None, **kwargs)
+    if stem == "cifar":
+        encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
+    return encoder
+
+
+def choose_stem(stem, image_size):
+    """`--stem`, where "auto" is the cifar stem up to 32 pixels and the imagenet stem above."""
+    return stem if stem != "auto" else "cifar" if image_size <= 32 else "imagenet"
+
+
+def projection_head(num_layers, input_dim, hidden_dim, output_dim):
+    """The MLP of SimCLR (arXiv 2002.05709) as in MoCo v3: `num_layers` linear layers without bias, each but the last
+    followed by BatchNorm and ReLU, the last by BatchNorm without affine parameters.
+    """
+    layers = []
+    for layer in range(num_layers):
+        last = layer == num_layers - 1
+        width = output_dim if last else hidden_dim
+        layers.append(nn.Linear(input_dim, width, bias=False))
+        layers += [nn.BatchNorm1d(width, affine=False)] if last else [nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        input_dim = width
+    return nn.Sequential(*layers)
+
+
+class SimCLR(nn.Module):
+    """An encoder whose classifier is replaced by a projection head.
+
+    base_encoder: a torchvision ResNet; its `fc` is replaced.
+    dim: D, the size of a projection; mlp_dim: width of the head's hidden layers; num_proj_layers: its linear layers.
+    """
+
+    def __init__(self, base_encoder, dim=128, mlp_dim=2048, num_proj_layers=2):
+        super().__init__()
+        self.base_encoder = base_encoder
+        self.base_encoder.fc = projection_head(num_proj_layers, base_encoder.fc.in_features, mlp_dim, dim)
+
+    def forward(self, x1, x2):
+        """Two views [B, 3, H, W] -> their projections [B, D] each, not normalised.
+
+        Two passes, one a view, as the authors do: each view is normalised by its own batch statistics.
+        """
+        return self.base_encoder(x1), self.base_encoder(x2)
+
+
+# What may stand before torchvision's names in a checkpoint. The first that fits is taken.
+ENCODER_PREFIXES = ("module.base_encoder.", "base_encoder.", "module.", "")
+
+
+def encoder_state(checkpoint, source):
+    """The encoder's tensors in a checkpoint (of train.py or of the authors), under torchvision's names, without `fc`.
+
+    checkpoint: what `sogclr.checkpoint.load` returned; source: the file's name, for the message.
+    Raises InputError where there is no ResNet in it.
+    """
+    state = checkpoint.get("state_dict", checkpoint)
+    for prefix in ENCODER_PREFIXES:
+        if prefix + "conv1.weight" in state:
+            return {key[len(prefix):]: value for key, value in state.items()
+                    if key.startswith(prefix) and not key.startswith(prefix + "fc.")}
+    raise InputError(f"{source}: holds no ResNet encoder (no 'conv1.weight', with or without 'module.base_encoder.')")
+
+
+def load_encoder(model, state, source):
+    """Load `encoder_state(...)` into a torchvision ResNet; its classifier `fc` is left as it is.
+
+    Raises InputError, naming the first keys, where the two are not of one architecture.
+    """
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith("fc.")}
+    wrong = [f"{key} is missing" for key in own.keys() - state.keys()]
+    wrong += [f"{key} is unexpected" for key in state.keys() - own.keys()]
+    wrong += [f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}"
+              for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if wrong:
+        raise InputError(f"{source}: does not fit this encoder, give its --arch: " + "; ".join(sorted(wrong)[:3])
+                         + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    model.load_state_dict(state, strict=False)

@@ -1,0 +1,239 @@
+"""Processes: how they start, who they are, and what they exchange. Everything works in a single process too."""
+
+import inspect
+import os
+import secrets
+import socket
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from sogclr import InputError
+
+
+def rank():
+    """This process's number, 0 in a single process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes train together, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank():
+    """This process's number on its own machine; it chooses the GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def ranks_here():
+    """How many processes of this run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def device_names(device):
+    """What this run computes on, for people: `4 x NVIDIA H200`."""
+    name = "CPU, this will be slow" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return f"{world_size()} x {name}"
+
+
+def log(line):
+    """Print a line, once for all ranks."""
+    if rank() == 0:
+        print(line, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start
+# ---------------------------------------------------------------------------------------------------------------------
+
+def launch(main_worker, args):
+    """Run `main_worker(args, device)` in every process that the flags, or torchrun's environment, ask for.
+
+    - under torchrun: this process is one of them;
+    - `--multiprocessing-distributed`, or several visible GPUs and no flag: starts one process a GPU;
+    - `--world-size N --rank R` alone: this process is number R of N;
+    - else a single process, on `--gpu`, on the only GPU, or on the CPU.
+
+    `args.fresh_seed` is a new random number, the same in all of them, for a run without `--seed`.
+    An InputError ends all of them with one line and exit code 2.
+    """
+    try:
+        _check(args)
+        args.fresh_seed = secrets.randbits(32)
+        gpus = torch.cuda.device_count()
+        several_gpus = gpus > 1 and args.gpu is None and args.world_size <= 1
+        if dist.is_torchelastic_launched():
+            _start(main_worker, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://")
+        elif args.multiprocessing_distributed or several_gpus:
+            nodes, per_node = max(args.world_size, 1), max(gpus, 1)
+            url = args.dist_url or f"tcp://localhost:{_free_port()}"
+            why = "" if args.multiprocessing_distributed else ", one for each visible GPU (--gpu N takes one alone)"
+            print(f"=> {per_node} process{'es' if per_node > 1 else ''} on this machine{why}", flush=True)
+            mp.spawn(_spawned, nprocs=per_node, args=(main_worker, args, max(args.rank, 0), nodes, per_node, url))
+        elif args.world_size > 1:
+            _start(main_worker, args, args.rank, args.world_size, args.dist_url)
+        else:
+            _start(main_worker, args)
+    except InputError as error:
+        _exit_with(error)
+    except mp.ProcessExitedException as error:
+        sys.exit(error.exit_code)   # that process has printed why
+
+
+def _check(args):
+    """Refuse flags that contradict each other or this machine, before anything is started."""
+    gpus = torch.cuda.device_count()
+    given = args.multiprocessing_distributed or args.world_size > 1 or args.rank > 0
+    if args.gpu is not None and args.gpu >= gpus:
+        raise InputError(f"--gpu {args.gpu}: this machine shows {gpus} GPU{'' if gpus == 1 else 's'}, "
+                         + (f"numbered 0 to {gpus - 1}" if gpus else "leave the flag out to run on the CPU"))
+    if args.gpu is not None and args.multiprocessing_distributed:
+        raise InputError("--gpu and --multiprocessing-distributed: one GPU or all of them, leave one flag out")
+    if args.dist_backend == "nccl" and not gpus:
+        raise InputError("--dist-backend nccl: needs GPUs and this machine shows none, leave the flag out")
+    if dist.is_torchelastic_launched():
+        if given or args.dist_url or args.gpu is not None:
+            raise InputError("--world-size, --rank, --dist-url, --gpu, --multiprocessing-distributed: "
+                             "torchrun sets these, leave them out")
+        if gpus and ranks_here() > gpus:
+            raise InputError(f"torchrun --nproc-per-node {ranks_here()}: this machine shows {gpus} GPUs")
+    if args.rank >= max(args.world_size, 1):
+        raise InputError(f"--rank {args.rank}: must be below --world-size {max(args.world_size, 1)}")
+    if args.world_size > 1 and (args.rank < 0 or not args.dist_url):
+        raise InputError(f"--world-size {args.world_size}: needs --rank (0 to {args.world_size - 1}) "
+                         "and --dist-url tcp://HOST:PORT of rank 0")
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def _spawned(i, main_worker, args, node, nodes, per_node, url):
+    os.environ.update(LOCAL_RANK=str(i), LOCAL_WORLD_SIZE=str(per_node))
+    try:
+        _start(main_worker, args, node * per_node + i, nodes * per_node, url)
+    except InputError as error:
+        _exit_with(error)
+
+
+def _exit_with(error):
+    """One line a machine, and exit code 2. (All ranks find the same fault, and files differ between machines only.)"""
+    if local_rank() == 0:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _start(main_worker, args, rank=0, world=1, url=None):
+    """Choose the device, join the process group if there is one, and run `main_worker(args, device)`."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        index = args.gpu if args.gpu is not None else local_rank() % torch.cuda.device_count()
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if url is not None:
+        backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group(backend, init_method=url, world_size=world, rank=rank)
+        except (dist.DistError, ValueError, RuntimeError) as error:
+            raise InputError(f"--dist-url {url}: no process group: {str(error).splitlines()[0]}") from error
+    args.fresh_seed = broadcast_int(args.fresh_seed, device)
+    try:
+        main_worker(args, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def set_seed(args, saved):
+    """Seed the weights and return the run's seed: `--seed`, else the one in the checkpoint `saved`, else a new one.
+
+    Data order and augmentation do not use torch's generator; they are seeded with the returned number.
+    """
+    seed = args.seed if args.seed is not None else saved.get("seed", args.fresh_seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = args.seed is not None
+    torch.backends.cudnn.benchmark = args.seed is None
+    return seed
+
+
+def data_parallel(model, device):
+    """The model itself in a single process, else in DistributedDataParallel.
+
+    Buffers are not synchronised at each forward: SyncBatchNorm keeps its statistics equal on GPUs, and on CPUs, where
+    BatchNorm is each rank's own, rank 0's are saved.
+    """
+    if world_size() == 1:
+        return model
+    # torch 2.15 deprecates the one name, earlier releases do not know the other
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True, **{buffers: False})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exchange
+# ---------------------------------------------------------------------------------------------------------------------
+
+def broadcast_int(value, device):
+    """Rank 0's integer, on every rank."""
+    if world_size() == 1:
+        return value
+    box = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.broadcast(box, src=0)
+    return int(box.item())
+
+
+def barrier():
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(tensor):
+    """Replace the tensor by its sum over the ranks, in place, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather(tensor):
+    """[b, ...] on every rank -> [B, ...] in the order of ranks, on every rank. No gradient."""
+    if world_size() == 1:
+        return tensor
+    gathered = tensor.new_empty((world_size() * len(tensor), *tensor.shape[1:]))
+    dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    return gathered
+
+
+class _AllGatherWithGradient(torch.autograd.Function):
+    """The gradient of rank r's rows is the *sum* of what every rank's loss says about them.
+
+    torch's own (`torch.distributed.nn.functional.all_gather`) does the same and is deprecated since 2.15 in favour of a
+    private module; this one stands on the two public collectives.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return all_gather(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = all_reduce_sum(grad.contiguous().clone())
+        rows = len(grad) // world_size()
+        return grad[rank() * rows:(rank() + 1) * rows]
+
+
+def all_gather_with_gradient(tensor):
+    """[b, D] on every rank -> [B, D] in the order of ranks, differentiable.
+
+    The backward pass sums the gradients of all ranks' losses, so that after DDP has averaged the parameters' gradients
+    over the ranks they are those of one process with the whole batch.
+    """
+    return tensor if world_size() == 1 else _AllGatherWithGradient.apply(tensor)

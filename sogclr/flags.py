@@ -1,0 +1,126 @@
+"""Command-line flags: a parser whose errors are one line, and the flags that train.py and lincls.py share."""
+
+import argparse
+import math
+
+import torch
+import torchvision
+
+ARCHITECTURES = torchvision.models.list_models(
+    module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
+DATA_SETS = ("imagenet1000", "imagenet100", "cifar10", "cifar100", "folder", "shapes")
+
+
+class _Help(argparse.HelpFormatter):
+    """Appends the true default to every help text that has one and does not state it in words."""
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, False, argparse.SUPPRESS) or "(default" in action.help
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse`, with errors of one line and exit code 2, and defaults in the help."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, interval):
+    """A `type=` for argparse: an int or float inside an interval in the usual notation, such as `"(0, 1]"`.
+
+    `nan` lies in no interval, so it is refused everywhere.
+    """
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} in {interval.replace('inf', 'infinity')}, got {text!r}")
+        return value
+
+    return parse
+
+
+def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay):
+    """Add the flags that both scripts have; the keywords are the defaults in which they differ. Returns the groups."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="DIR", help="path to the data set (default: data/<data_name>)")
+    data.add_argument("--data_name", default="imagenet1000", choices=DATA_SETS,
+                      help="which data set: ImageNet in DIR/train and DIR/val, CIFAR (downloaded when missing), "
+                           "'folder' for any tree of images, 'shapes' drawn by the program itself")
+    data.add_argument("--image-size", type=number(int, "[8, inf)"), metavar="PIXELS",
+                      help="side of the square crop (default: 224; 32 for cifar10, cifar100 and shapes)")
+    data.add_argument("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N",
+                      help="data loading processes on this machine, shared by its ranks; at most one a core is started")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("-a", "--arch", default="resnet50", choices=ARCHITECTURES, metavar="ARCH",
+                       help="torchvision ResNet: " + " | ".join(ARCHITECTURES))
+    model.add_argument("--stem", default="auto", choices=("auto", "imagenet", "cifar"),
+                       help="first layers: 'imagenet' is 7x7 stride 2 and max-pool, 'cifar' is 3x3 stride 1 without "
+                            "pooling, 'auto' takes cifar up to 32 pixels")
+
+    optim = parser.add_argument_group("optimization")
+    optim.add_argument("--epochs", default=epochs, type=number(int, "[1, inf)"), metavar="N",
+                       help="total epochs to run")
+    optim.add_argument("--start-epoch", type=number(int, "[0, inf)"), metavar="N",
+                       help="first epoch, counted from 0 (default: 0, or where --resume left off)")
+    optim.add_argument("-b", "--batch-size", default=batch_size, type=number(int, "[1, inf)"), metavar="N",
+                       help="images in a global batch, over all GPUs of all machines")
+    optim.add_argument("--lr", "--learning-rate", dest="lr", default=lr, type=number(float, "(0, inf)"), metavar="LR",
+                       help="base learning rate")
+    optim.add_argument("--momentum", default=0.9, type=number(float, "[0, 1)"), metavar="M", help="momentum")
+    optim.add_argument("--wd", "--weight-decay", dest="weight_decay", default=weight_decay,
+                       type=number(float, "[0, inf)"), metavar="W", help="weight decay")
+    optim.add_argument("--precision", choices=("bf16", "fp16", "fp32"),
+                       help="of the encoder's arithmetic; the loss is always float32 "
+                            "(default: bf16 on a GPU that has it, else fp16; fp32 on the CPU)")
+    optim.add_argument("--seed", type=number(int, "[0, 4294967295]"), metavar="N",
+                       help="seed of weights, order and augmentation; also makes cuDNN deterministic "
+                            "(default: a new one, printed)")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--save_dir", default="./saved_models/", metavar="DIR",
+                     help="each run gets a folder in it, named after its settings")
+    run.add_argument("--resume", default="", metavar="PATH",
+                     help="checkpoint to continue from; 'auto' is this run's own last one, if there is one")
+    run.add_argument("-p", "--print-freq", default=10, type=number(int, "[1, inf)"), metavar="N",
+                     help="steps between two progress lines")
+
+    devices = parser.add_argument_group(
+        "devices", "Without any of these: all visible GPUs, or the CPU. Under torchrun its environment is read.")
+    devices.add_argument("--gpu", type=number(int, "[0, inf)"), metavar="N", help="use this GPU alone")
+    devices.add_argument("--multiprocessing-distributed", action="store_true",
+                         help="start one process for each GPU of this machine")
+    devices.add_argument("--world-size", default=-1, type=int, metavar="N",
+                         help="machines with --multiprocessing-distributed, else processes; -1 is one")
+    devices.add_argument("--rank", default=-1, type=int, metavar="N",
+                         help="this machine's (or process's) number, from 0; -1 is 0")
+    devices.add_argument("--dist-url", metavar="URL",
+                         help="where the processes meet, as tcp://HOST:PORT or env:// (default: a free local port)")
+    devices.add_argument("--dist-backend", choices=("nccl", "gloo"),
+                         help="communication (default: nccl on GPUs, gloo on the CPU)")
+    return {"data": data, "model": model, "optimization": optim, "run": run, "devices": devices}
+
+
+def non_defaults(parser, args, names):
+    """`_seed_1_crop_min_0.2`: those of the named settings that differ from their defaults, for a run folder's name."""
+    return "".join(f"_{name}_{getattr(args, name)}" for name in names
+                   if getattr(args, name) not in (parser.get_default(name), None))
+
+
+def resolve_precision(precision, device):
+    """`--precision` (None for this device's default) -> "bf16", "fp16" or "fp32", and its torch dtype."""
+    if precision is None:
+        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return precision, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]

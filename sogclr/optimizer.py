@@ -1,0 +1,77 @@
+"""LARS, and the learning rate as a function of the epoch."""
+
+import math
+
+import torch
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), as MoCo v3 and SogCLR use it.
+
+    For a parameter of more than one dimension, d = grad + weight_decay * p, then d *= trust * |p| / |d|
+    (d is left as it is where either norm is 0). For one dimension (BatchNorm, biases), d = grad: no decay, no scaling.
+    Then mu = momentum * mu + d and p -= lr * mu.
+
+    params: iterable of parameters or of groups; state: `mu`, a tensor like its parameter.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, trust_coefficient=0.001):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
+                                  "trust_coefficient": trust_coefficient})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            # Matrices first, so that their part of each list is a slice.
+            params.sort(key=lambda p: p.ndim <= 1)
+            matrices = [p for p in params if p.ndim > 1]
+            updates = [p.grad for p in params]
+            if matrices:
+                updates[:len(matrices)] = self._scaled(matrices, updates[:len(matrices)], group)
+            mus = [self._mu(p) for p in params]
+            torch._foreach_mul_(mus, group["momentum"])
+            torch._foreach_add_(mus, updates)
+            torch._foreach_add_(params, mus, alpha=-group["lr"])
+        return loss
+
+    def _mu(self, p):
+        state = self.state[p]
+        if "mu" not in state:
+            state["mu"] = torch.zeros_like(p)
+        return state["mu"]
+
+    @staticmethod
+    def _scaled(params, grads, group):
+        """The matrices' updates: decayed gradients, each scaled by its trust ratio (computed on the device)."""
+        updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        param_norm = torch.stack(torch._foreach_norm(params))
+        update_norm = torch.stack(torch._foreach_norm(updates))
+        ratio = torch.where((param_norm > 0) & (update_norm > 0),
+                            group["trust_coefficient"] * param_norm / update_norm, 1.0)
+        torch._foreach_mul_(updates, list(ratio.unbind()))
+        return updates
+
+
+def scaled_lr(lr, batch_size, scaling):
+    """The peak learning rate: `sqrt`: lr * sqrt(B), as SogCLR; `linear`: lr * B / 256, as MoCo v3."""
+    return lr * math.sqrt(batch_size) if scaling == "sqrt" else lr * batch_size / 256
+
+
+def lr_at(epoch, peak, epochs, warmup_epochs=0):
+    """Linear warm-up from 0, then half a cosine to 0. `epoch` counts in fractions: epoch + step / steps."""
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    return peak * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+
+
+def set_lr(optimizer, lr):
+    """Give every parameter group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

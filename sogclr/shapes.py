@@ -1,0 +1,89 @@
+"""The embedded data set: images that the program draws itself, for a first run without any download.
+
+The class of an image is its figure (disc, triangle, square, cross, ring) and the figure's texture (plain, striped).
+Colours, place, size, rotation and background are drawn at random and tell nothing about it, so that what survives the
+augmentations is what tells the class.
+"""
+
+import numpy as np
+from PIL import Image
+
+FIGURES = ("disc", "triangle", "square", "cross", "ring")
+TEXTURES = ("plain", "striped")
+SIZE = 40               # pixels a side; views are cropped from it
+LENGTHS = {"train": 2500, "val": 1000}
+
+
+class Shapes:
+    """`shapes[i] -> (PIL image, label)`, as torchvision's data sets. The same images on every machine.
+
+    split: "train" or "val".
+    """
+
+    def __init__(self, split):
+        n = LENGTHS[split]
+        self.classes = [f"{texture} {figure}" for figure in FIGURES for texture in TEXTURES]
+        self.targets = [i % len(self.classes) for i in range(n)]
+        self.data = draw(np.array(self.targets), np.random.default_rng(list(LENGTHS).index(split)))
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, i):
+        return Image.fromarray(self.data[i]), self.targets[i]
+
+
+def draw(labels, rng):
+    """labels [N] -> images [N, SIZE, SIZE, 3] uint8. Coordinates run from -1 to 1 over the image."""
+    n = len(labels)
+    figure, texture = labels // len(TEXTURES), labels % len(TEXTURES)
+
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
+
+    axis = ((np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE) * 2 - 1
+    y, x = np.meshgrid(axis, axis, indexing="ij")                       # [SIZE, SIZE]
+
+    # The figure's own coordinates: moved, turned and scaled, so that it reaches about 1.
+    angle = uniform(0, 2 * np.pi, 1, 1)
+    radius = uniform(0.45, 0.75, 1, 1)
+    dx, dy = x - uniform(-0.25, 0.25, 1, 1), y - uniform(-0.25, 0.25, 1, 1)
+    u = (np.cos(angle) * dx + np.sin(angle) * dy) / radius              # [N, SIZE, SIZE]
+    v = (np.cos(angle) * dy - np.sin(angle) * dx) / radius
+    distance = np.choose(figure[:, None, None], _distances(u, v))       # below 0 inside
+    pixel = 2 / SIZE / radius
+    inside = np.clip(0.5 - distance / pixel, 0, 1)[..., None]
+
+    # Two colours of the figure and two of the background, any hue, well apart in brightness.
+    colours = uniform(0, 1, 4, 3)
+    light = uniform(0, 0.35, 4, 1)
+    figure_is_light = rng.random((n, 1, 1)) < 0.5
+    bright = np.concatenate([np.repeat(figure_is_light, 2, 1), np.repeat(~figure_is_light, 2, 1)], axis=1)
+    colours = np.where(bright, 1 - 0.45 * colours, 0.45 * colours) * (1 - 0.3 * light)
+
+    stripes = np.where(texture[:, None, None] == 1, _stripes(u, v, uniform(0, np.pi, 1, 1), uniform(7, 9, 1, 1)), 0)
+    front = _mix(colours[:, 0], colours[:, 1] * 0.3 + 0.7 * (1 - colours[:, 0]), stripes)
+    slope = _stripes(x, y, uniform(0, 2 * np.pi, 1, 1), uniform(0.5, 2.5, 1, 1), uniform(0, 2 * np.pi, 1, 1))
+    back = _mix(colours[:, 2], colours[:, 3], slope)
+    image = inside * front + (1 - inside) * back + rng.normal(0, 0.03, (n, SIZE, SIZE, 3))
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def _distances(u, v):
+    """Roughly the distance of each point from each figure's edge, in the order of FIGURES."""
+    r = np.hypot(u, v)
+    half = np.sqrt(3) / 2
+    triangle = np.maximum(np.maximum(half * u + 0.5 * v, -half * u + 0.5 * v), -v) - 0.5
+    square = np.maximum(abs(u), abs(v)) - 0.72
+    cross = np.minimum(np.maximum(abs(u) - 0.95, abs(v) - 0.27), np.maximum(abs(u) - 0.27, abs(v) - 0.95))
+    return r - 0.82, triangle, square, cross, abs(r - 0.7) - 0.22
+
+
+def _stripes(u, v, angle, frequency, phase=0.0):
+    """A wave between 0 and 1 across the plane."""
+    return 0.5 + 0.5 * np.sin(frequency * (np.cos(angle) * u + np.sin(angle) * v) * 1.5 + phase)
+
+
+def _mix(a, b, share):
+    """Colours a and b [N, 3] by share [N, SIZE, SIZE] -> [N, SIZE, SIZE, 3]."""
+    return a[:, None, None] + (b - a)[:, None, None] * share[..., None]

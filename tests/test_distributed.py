@@ -1,0 +1,103 @@
+"""The loss across real processes: W ranks with B/W images each must be one rank with B, in loss, u and gradient."""
+
+import math
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from sogclr import distributed
+from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
+
+N, B, STEPS, TEMPERATURE = 20, 8, 4, 0.1
+CASES = ("dcl", "cl", "dcl with unused parameters", "dcl resumed")
+
+
+class Net(torch.nn.Module):
+    """Two layers, and one that only some forward passes use."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5))
+        self.spare = torch.nn.Linear(5, 5)
+
+    def forward(self, x1, x2, spare):
+        z1, z2 = self.body(x1), self.body(x2)
+        return (self.spare(z1), self.spare(z2)) if spare else (z1, z2)
+
+
+def trajectory(case, rank, world):
+    """STEPS steps of plain gradient descent on this rank's share: each step's loss, u, diagnostics and gradients."""
+    torch.manual_seed(0)
+    model = Net().double()
+    criterion = ContrastiveLoss(TEMPERATURE) if case == "cl" else GlobalContrastiveLoss(N, TEMPERATURE).double()
+    net = model
+    if world > 1:
+        net = DistributedDataParallel(model, find_unused_parameters=True)
+    data = torch.randn(STEPS, 2, B, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    order = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(s))[:B] for s in range(STEPS)])
+    share = slice(rank * B // world, (rank + 1) * B // world)
+    record = []
+    for step in range(STEPS):
+        if case == "dcl resumed" and step == 2:
+            state = criterion.state_dict()
+            criterion = GlobalContrastiveLoss(N, TEMPERATURE).double()
+            criterion.load_state_dict(state)
+        z1, z2 = net(*data[step, :, share], spare=case != "dcl with unused parameters" or step % 2 == 0)
+        loss = criterion(z1, z2, order[step, share])
+        model.zero_grad()
+        loss.backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+        u = criterion.u.clone() if case != "cl" else torch.zeros(N)
+        record.append([loss.detach(), u, torch.stack(list(criterion.diagnostics().values())), *grads])
+        with torch.no_grad():
+            for p, grad in zip(model.parameters(), grads, strict=True):
+                p -= 0.1 * grad
+    return record
+
+
+def worker(rank, world, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    record = {case: trajectory(case, rank, world) for case in CASES}
+    try:    # two ranks show the same image
+        index = torch.arange(rank * 3, rank * 3 + 4)
+        GlobalContrastiveLoss(N)(torch.randn(4, 5), torch.randn(4, 5), index)
+    except ValueError as error:
+        record["duplicate"] = str(error)
+    torch.save(record, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """Every rank's record of a run on 2 and on 4 processes."""
+    folder = tmp_path_factory.mktemp(f"world{request.param}")
+    mp.spawn(worker, nprocs=request.param, args=(request.param, str(folder)))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_split_batch_equals_whole_batch(ranks, case):
+    """Each rank's loss, u, diagnostics and DDP gradients must be one process's on the whole batch, to 1e-10."""
+    whole = trajectory(case, 0, 1)
+    assert max(float(value.abs().max()) for value in whole[0][3:]) > 0.01       # there is a gradient to compare
+    for record in ranks:
+        for ours, theirs in zip(record[case], whole, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                assert (a - b).abs().max() <= 1e-10 * max(1.0, float(b.abs().max()))
+
+
+def test_image_on_two_ranks_is_refused(ranks):
+    """One image in the shares of two ranks must be an error on every rank."""
+    assert all("appears twice" in record["duplicate"] for record in ranks)
+
+
+def test_one_process_needs_no_group():
+    """Without a process group the module must act as one rank of one."""
+    x = torch.randn(3, 2, requires_grad=True)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.all_gather_with_gradient(x) is x
+    assert distributed.all_gather(x) is x
+    assert math.isclose(float(distributed.all_reduce_sum(torch.tensor(2.5))), 2.5)

@@ -1,0 +1,290 @@
+"""The real scripts as subprocesses, on real image files: what a user types, and what it prints."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lincls
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = shlex.split("--arch resnet18 --image-size 32 --stem imagenet --batch-size 8 --workers 1 --print-freq 1")
+
+PRETRAIN = """--lr=.075 --epochs=800 --batch-size=256 --learning-rate-scaling=sqrt --loss_type dcl --gamma 0.9
+ --multiprocessing-distributed --world-size 1 --rank 0 --workers 32 --crop-min=.08 --wd=1e-6
+ --dist-url 'tcp://localhost:10001' --data_name imagenet1000 --data DIR --save_dir DIR2 --print-freq 1000"""
+LINEAR = """--dist-url 'tcp://localhost:10001' --multiprocessing-distributed --world-size 1 --rank 0 --workers 32
+ --pretrained DIR2/RUN/checkpoint_0799.pth.tar --data_name imagenet1000 --save_dir DIR2"""
+SCHEDULE = {"epochs", "batch_size", "lr", "weight_decay", "momentum", "arch", "data_name", "workers"}
+
+
+def run(script, *args, ok=True, launcher=(sys.executable,), cwd=ROOT, threads="1"):
+    """The script's output, line by line. Warnings in it are errors here too."""
+    env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "error"}
+    done = subprocess.run([*launcher, str(ROOT / script), *map(str, args)], cwd=cwd, env=env, text=True,
+                          capture_output=True, timeout=300)
+    if ok:
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.splitlines()
+    return done
+
+
+def losses(lines):
+    return re.findall(r"Epoch: \[\d+\]\[ *\d+/\d+\].*  Loss (\S+) ", "\n".join(lines))
+
+
+def newest(folder, name="checkpoint_last.pth.tar"):
+    return max(Path(folder).rglob(name), key=lambda path: path.stat().st_mtime)
+
+
+@pytest.fixture(scope="module")
+def pretrained(imagenet, tmp_path_factory):
+    """The output and the save folder of two epochs of the authors' command, at a size for a CPU."""
+    folder = tmp_path_factory.mktemp("saved")
+    command = shlex.split(PRETRAIN.replace("DIR2", str(folder)).replace("DIR", str(imagenet)))
+    return run("train.py", *command, *TINY, "--epochs", 2, "--seed", 5), folder
+
+
+def test_the_authors_commands_are_the_defaults():
+    """Word for word, the authors' commands must parse, and ask for what the scripts do without any flag."""
+    method = {"t", "gamma", "crop_min", "warmup_epochs", "optimizer", "dim", "mlp_dim", "num_proj_layers", "loss_type",
+              "learning_rate_scaling"}
+    for parser, command, keys in ((train.PARSER, PRETRAIN, SCHEDULE | method), (lincls.PARSER, LINEAR, SCHEDULE)):
+        asked, default = (vars(parser.parse_args(args)) for args in (shlex.split(command), []))
+        assert {key: asked[key] for key in keys} == {key: default[key] for key in keys}
+
+
+@pytest.mark.parametrize("script", ["train.py", "lincls.py"])
+def test_help_states_the_true_defaults(script):
+    """Each default in --help must be the parser's, and every flag with a value must state one."""
+    text = " ".join(" ".join(run(script, "--help")).split())
+    parser = {"train.py": train, "lincls.py": lincls}[script].PARSER
+    for action in parser._actions:
+        if action.default not in (None, False, "", "==SUPPRESS=="):
+            assert re.search(rf"{action.option_strings[0]}\b.*?\(default: {re.escape(str(action.default))}\)", text)
+
+
+def test_pretraining_writes_what_others_read(pretrained):
+    """Checkpoint names, keys, prefixes and shapes as in the authors' release; command line and TensorBoard beside."""
+    lines, folder = pretrained
+    run_folder = newest(folder).parent
+    assert {path.name for path in run_folder.glob("*.tar")} == {
+        "checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "checkpoint_last.pth.tar"}
+    saved = torch.load(run_folder / "checkpoint_0001.pth.tar", weights_only=True)
+    assert {"epoch", "arch", "state_dict", "optimizer", "scaler", "u"} <= saved.keys()
+    assert (saved["epoch"], saved["arch"]) == (2, "resnet18")
+    assert saved["u"].shape == (24, 1)
+    assert saved["u"].dtype == torch.float32
+    assert (saved["u"] > 0).all()
+    assert {key.split("fc.")[0] for key in saved["state_dict"] if "fc." in key} == {"module.base_encoder."}
+    names = {key.removeprefix("module.base_encoder.") for key in saved["state_dict"] if ".fc." not in key}
+    assert names == {key for key in torchvision.models.resnet18().state_dict() if not key.startswith("fc.")}
+    assert set(saved["optimizer"]["state"][0]) == {"mu"}
+    assert len(saved["optimizer"]["param_groups"]) == 1
+    assert "--gamma 0.9" in (run_folder / "command.txt").read_text()
+    scalars = EventAccumulator(str(run_folder)).Reload()
+    assert {"loss", "gcl", "learning rate"} <= set(scalars.Tags()["scalars"])
+    assert f"{scalars.Scalars('loss')[-1].value:.4f}" == losses(lines)[-1]
+    assert any("CPU" in line for line in lines[:4])
+
+
+def test_seed_decides_everything(imagenet, tmp_path):
+    """Twice the same seed must give the same losses, two seeds different ones, whatever the number of workers."""
+    common = ["--data", imagenet, *TINY, "--epochs", 1]
+    one = losses(run("train.py", *common, "--seed", 1, "--save_dir", tmp_path / "a"))
+    again = losses(run("train.py", *common, "--seed", 1, "--save_dir", tmp_path / "b", "--workers", 0))
+    other = losses(run("train.py", *common, "--seed", 2, "--save_dir", tmp_path / "c"))
+    assert len(one) == 3
+    assert one == again
+    assert set(one).isdisjoint(other)
+
+
+def test_resumed_run_equals_uninterrupted(pretrained, imagenet, tmp_path):
+    """--resume after the first epoch must print the second epoch's losses and end with the same weights and u."""
+    lines, folder = pretrained
+    first = newest(folder, "checkpoint_0000.pth.tar")
+    again = run("train.py", "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path, "--resume", first)
+    assert losses(again) == losses(lines)[3:]
+    straight, resumed = (torch.load(newest(path), weights_only=True) for path in (folder, tmp_path))
+    assert torch.equal(straight["log_u"], resumed["log_u"])
+    assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in straight["state_dict"].items())
+    for k, state in straight["optimizer"]["state"].items():
+        assert torch.equal(state["mu"], resumed["optimizer"]["state"][k]["mu"])
+
+
+def test_same_command_finds_its_run(imagenet, tmp_path):
+    """--resume auto starts, then finds a finished run; without it the run is not overwritten."""
+    command = ["--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path, "--seed", 3]
+    assert len(losses(run("train.py", *command, "--resume", "auto"))) == 3
+    assert losses(run("train.py", *command, "--resume", "auto")) == []
+    refused = run("train.py", *command, ok=False)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "--resume auto" in refused.stderr
+
+
+@pytest.mark.parametrize(("flags", "changes"), [
+    (["--loss_type", "cl"], ()),
+    (["--optimizer", "adamw", "--lr", "1e-3"], ()),
+    (["--num_proj_layers", "3", "--dim", "16", "--mlp-dim", "32"], ("16", "32")),
+    (["--stem", "cifar", "--precision", "bf16"], ()),
+])
+def test_flags_reach_the_model(imagenet, tmp_path, flags, changes):
+    """Every choice must train and leave its mark in the checkpoint."""
+    run("train.py", "--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path, *flags)
+    saved = torch.load(newest(tmp_path), weights_only=True)
+    state = saved["state_dict"]
+    assert ("u" in saved) == ("cl" not in flags)
+    assert ("mu" in saved["optimizer"]["state"][0]) == ("adamw" not in flags)
+    assert state["module.base_encoder.conv1.weight"].shape[-1] == (3 if "cifar" in flags else 7)
+    if changes:
+        assert [tuple(state[f"module.base_encoder.fc.{i}.weight"].shape) for i in (0, 3, 6)] == [
+            (32, 512), (32, 32), (16, 32)]
+
+
+@pytest.mark.parametrize("script", ["train.py", "lincls.py"])
+def test_torchrun_with_two_processes(script, pretrained, imagenet, tmp_path):
+    """Two processes must share the batch and print one log; train.py resumes bit-equal, and lincls.py, whose features
+    do not depend on the batch, must give the classifier of one process.
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    if script == "train.py":
+        lines = run(script, "--data", imagenet, *TINY, "--epochs", 2, "--seed", 5, "--save_dir", tmp_path,
+                    launcher=torchrun)
+        assert len(losses(lines)) == 6
+        assert any("(4 a rank)" in line for line in lines)
+        saved = torch.load(newest(tmp_path), weights_only=True)
+        assert (saved["u"] > 0).all()
+        resumed = run(script, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path / "again", "--resume",
+                      newest(tmp_path, "checkpoint_0000.pth.tar"), launcher=torchrun)
+        assert losses(resumed) == losses(lines)[3:]
+    else:
+        command = ["--data", imagenet, *TINY, "--epochs", 2, "--seed", 1,
+                   "--pretrained", newest(pretrained[1], "checkpoint_0001.pth.tar")]
+        one = run(script, *command, "--save_dir", tmp_path / "one")
+        two = run(script, *command, "--save_dir", tmp_path / "two", launcher=torchrun)
+        a, b = (torch.load(newest(tmp_path / name), weights_only=True) for name in ("one", "two"))
+        assert a["acc1"] == b["acc1"]
+        for name in ("module.fc.weight", "module.fc.bias"):
+            assert torch.allclose(a["state_dict"][name], b["state_dict"][name], atol=1e-5)
+        assert any("unchanged" in line for line in one)
+        assert len([line for line in two if line.startswith(" * ")]) == 2
+
+
+def test_linear_evaluation(pretrained, imagenet, tmp_path):
+    """lincls must train, save, resume, and evaluate what it saved, from a bare file name too."""
+    source = newest(pretrained[1], "checkpoint_0001.pth.tar")
+    os.symlink(source, tmp_path / "checkpoint_0001.pth.tar")
+    command = ["--pretrained", "checkpoint_0001.pth.tar", "--data", imagenet, *TINY, "--seed", 1]
+    lines = run("lincls.py", *command, "--epochs", 3, "--save_dir", tmp_path / "a", cwd=tmp_path)
+    scores = [line for line in lines if line.startswith(" * Epoch")]
+    assert len(scores) == 3
+    assert any("unchanged (120 tensors" in line for line in lines)
+    last = newest(tmp_path / "a")
+    saved = torch.load(last, weights_only=True)
+    frozen = torch.load(source, weights_only=True)["state_dict"]
+    for name, value in saved["state_dict"].items():
+        if ".fc." not in name:
+            assert torch.equal(value, frozen[name.replace("module.", "module.base_encoder.")])
+    assert saved["state_dict"]["module.fc.weight"].shape == (3, 512)
+    # -e prints the accuracy of the last epoch
+    evaluated = run("lincls.py", *command, "--epochs", 3, "-e", "--resume", last, cwd=tmp_path)[-1]
+    assert evaluated.split("Acc@1")[1] in scores[-1]
+    # going on after the first epoch gives the same classifier
+    os.rename(last.with_name("model_best.pth.tar"), tmp_path / "best")
+    run("lincls.py", *command, "--epochs", 3, "--save_dir", tmp_path / "b", cwd=tmp_path)
+    assert torch.equal(torch.load(newest(tmp_path / "b"), weights_only=True)["state_dict"]["module.fc.weight"],
+                       saved["state_dict"]["module.fc.weight"])
+
+
+def test_shapes_and_unlabelled_folders(imagenet, tmp_path):
+    """`shapes` needs no data; `folder` needs no classes."""
+    tiny = [*TINY, "--batch-size", 500, "--epochs", 1, "--save_dir", tmp_path]
+    assert len(losses(run("train.py", "--data_name", "shapes", *tiny))) == 5
+    flat = imagenet / "train" / "n01440764"
+    assert len(losses(run("train.py", "--data_name", "folder", "--data", flat, *tiny, "--batch-size", 4))) == 2
+
+
+BAD = [
+    ("train.py", ["--data", "nowhere"], "--data nowhere: no such folder"),
+    ("train.py", ["--data", "EMPTY"], "EMPTY: has no folder 'train'"),
+    ("train.py", ["--data", "EMPTY", "--data_name", "folder"], "holds no images"),
+    ("lincls.py", ["--pretrained", "missing.pth"], "--pretrained missing.pth: no such file"),
+    ("lincls.py", ["--pretrained", "TEXT"], "TEXT: not a checkpoint"),
+    ("lincls.py", ["-e"], "--evaluate: needs"),
+    ("train.py", ["--arch", "resnet19"], "--arch: invalid choice"),
+    ("train.py", ["--batch-size", "25"], "--batch-size 25: the data set holds only 24"),
+    ("train.py", ["--batch-size", "1"], "--batch-size 1: "),
+    ("train.py", ["--gamma", "0"], "--gamma: must be a number in (0, 1]"),
+    ("train.py", ["--gamma", "1.5"], "--gamma: must be a number in (0, 1]"),
+    ("train.py", ["--t", "0"], "--t: must be a number in (0, infinity)"),
+    ("train.py", ["--t", "nan"], "--t: must be a number in (0, infinity)"),
+    ("train.py", ["--epochs", "-3"], "--epochs: must be a whole number in [1, infinity)"),
+    ("train.py", ["--resume", "missing.pth"], "--resume missing.pth: no such file"),
+    ("train.py", ["--resume", "OTHER", "--data_name", "folder", "--data", "SUBSET", "--batch-size", "4"],
+     "was made on 24 images, but this data set holds 8"),
+    ("train.py", ["--resume", "OTHER", "--arch", "resnet34"], "was made with --arch resnet18, not resnet34"),
+    ("lincls.py", ["--pretrained", "OTHER", "--arch", "resnet50"], "was made with --arch resnet18, not resnet50"),
+    ("train.py", ["--gpu", "7"], "--gpu 7: this machine shows"),
+    ("train.py", ["--world-size", "2", "--rank", "0"], "--world-size 2: needs"),
+    ("train.py", ["--world-size", "2", "--rank", "2", "--dist-url", "tcp://localhost:1"], "--rank 2: must be below"),
+    ("train.py", ["--unknown"], "unrecognized arguments: --unknown"),
+    ("train.py", ["--save_dir", "TEXT/below"], "--save_dir"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), BAD, ids=[" ".join(case[1]) for case in BAD])
+def test_bad_input_is_one_line(script, flags, message, pretrained, imagenet, tmp_path, monkeypatch, capsys):
+    """Exit code 2 and one line that names the flag or file; no traceback."""
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "TEXT").write_text("text")
+    names = {"OTHER": newest(pretrained[1], "checkpoint_0000.pth.tar"), "SUBSET": imagenet / "train" / "n01440764"}
+    flags = [str(names.get(flag, flag)) for flag in flags]
+    monkeypatch.chdir(tmp_path)
+    module = {"train.py": train, "lincls.py": lincls}[script]
+    monkeypatch.setattr(sys, "argv", [script])
+    monkeypatch.setattr(module.PARSER, "prog", script)
+
+    def main():
+        args = module.PARSER.parse_args(["--data", str(imagenet), *TINY, "--epochs", "1", *flags])
+        module.launch(module.main_worker, args)
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in error
+    assert error.startswith(f"{script}: error: ")
+    assert error.count("\n") == 1
+
+
+def test_batch_that_ranks_cannot_share_is_refused(imagenet, tmp_path):
+    """Under two processes an odd batch must end all of them with one line."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = run("train.py", "--data", imagenet, *TINY, "--batch-size", 9, "--save_dir", tmp_path, ok=False,
+               launcher=torchrun)
+    assert done.returncode != 0
+    assert done.stderr.count("--batch-size 9: 2 processes cannot share it equally") == 1
+
+
+def test_imagenet100_is_linked(tmp_path):
+    """The subset must hold the authors' 100 classes of both splits; an incomplete tree must be refused."""
+    classes = (ROOT / "scripts" / "imagenet100_classes.txt").read_text().split()
+    assert len(set(classes)) == 100
+    for split in ("train", "val"):
+        for wnid in [*classes, "n99999999"]:
+            (tmp_path / "full" / split / wnid).mkdir(parents=True)
+    for _ in range(2):      # also over an earlier one
+        run("scripts/make_imagenet100.py", tmp_path / "full", tmp_path / "subset")
+    assert sorted(path.name for path in (tmp_path / "subset" / "val").iterdir()) == sorted(classes)
+    (tmp_path / "full" / "val" / classes[0]).rmdir()
+    done = run("scripts/make_imagenet100.py", tmp_path / "full", tmp_path / "subset", ok=False)
+    assert done.returncode == 2
+    assert f"val/{classes[0]}" in done.stderr
