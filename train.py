@@ -22,7 +22,7 @@ from sogclr.builder import SimCLR, choose_stem, resnet
 from sogclr.distributed import data_parallel, device_names, launch, log, rank, set_seed, world_size
 from sogclr.flags import Parser, add_shared_flags, non_defaults, number, resolve_precision
 from sogclr.loader import EpochSampler, Loader, TwoViews, open_data_set
-from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
+from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, gamma_at
 from sogclr.meters import AverageMeter, Progress
 from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
 
@@ -50,6 +50,10 @@ def build_parser():
     method.add_argument("--t", default=0.1, type=number(float, "(0, inf)"), metavar="T", help="temperature")
     method.add_argument("--gamma", default=0.9, type=number(float, "(0, 1]"),
                         help="weight of the new value in the moving averages u of dcl")
+    method.add_argument("--gamma-schedule", default="constant", choices=("constant", "cosine"),
+                        help="cosine lowers gamma from 1 to --gamma over --gamma-decay-epochs, then keeps it")
+    method.add_argument("--gamma-decay-epochs", type=number(int, "[1, inf)"), metavar="N",
+                        help="length of the cosine schedule of gamma (default: half of --epochs)")
     method.add_argument("--crop-min", default=0.08, type=number(float, "(0, 1]"), metavar="SHARE",
                         help="smallest share of an image's area that a crop takes")
     return parser
@@ -61,7 +65,8 @@ def run_name(args):
     name = (f"{data}_{args.arch}_{METHODS[args.loss_type]}-{args.dim}-{args.mlp_dim}_bz_{args.batch_size}"
             f"_E{args.epochs}_WR{args.warmup_epochs}_lr_{args.lr:g}_{args.learning_rate_scaling}"
             f"_wd_{args.weight_decay:g}_t_{args.t:g}_g_{args.gamma:g}_m_{args.momentum:g}_{args.optimizer}")
-    return name + non_defaults(PARSER, args, ("num_proj_layers", "crop_min", "stem", "image_size", "precision", "seed"))
+    return name + non_defaults(PARSER, args, ("num_proj_layers", "crop_min", "stem", "image_size", "precision",
+                                              "gamma_schedule", "gamma_decay_epochs", "seed"))
 
 
 def main_worker(args, device):
@@ -122,6 +127,8 @@ def main_worker(args, device):
     net = data_parallel(model, device)
     for epoch in range(start_epoch, args.epochs):
         net.train()
+        if args.gamma_schedule == "cosine":
+            criterion.gamma = gamma_at(epoch, args.gamma, args.gamma_decay_epochs or max(args.epochs // 2, 1))
         losses, gcl = AverageMeter("Loss", ".4f"), AverageMeter("GCL", ".4f")
         progress = Progress(f"Epoch: [{epoch}]", len(loader), args.batch_size, (args.epochs - epoch) * len(loader))
         for step, (view1, view2, index) in enumerate(loader.epoch(epoch)):
@@ -177,9 +184,9 @@ def restore(saved, path, args, model, criterion, optimizer, scaler):
         raise InputError(f"--resume {path}: was made with --arch {saved['arch']}, not {args.arch}")
     if args.loss_type == "dcl":
         checkpoint.require(saved, path, "--resume", ("u",))
-        if saved["u"].numel() != len(criterion.u):
+        if saved["u"].numel() != len(criterion.log_u):
             raise InputError(f"--resume {path}: was made on {saved['u'].numel()} images, "
-                             f"but this data set holds {len(criterion.u)}")
+                             f"but this data set holds {len(criterion.log_u)}")
         if "log_u" in saved:
             criterion.log_u.copy_(saved["log_u"])
         else:

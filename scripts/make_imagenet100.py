@@ -6,32 +6,34 @@
 IMAGENET holds train/<wnid>/ and val/<wnid>/; DST gets the same with the 100 classes of imagenet100_classes.txt.
 """
 
+import argparse
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from sogclr.flags import Parser
 
 CLASSES = Path(__file__).with_name("imagenet100_classes.txt").read_text().split()
 
 
+def fail(message):
+    print(f"make_imagenet100.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main():
-    parser = Parser(__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("imagenet", type=Path, help="folder that holds train/<wnid>/ and val/<wnid>/")
     parser.add_argument("dst", type=Path, help="folder to make")
     args = parser.parse_args()
     folders = [Path(split, wnid) for split in ("train", "val") for wnid in CLASSES]
     missing = [folder for folder in folders if not (args.imagenet / folder).is_dir()]
     if missing:
-        parser.error(f"{args.imagenet}: lacks {len(missing)} of the {len(folders)} folders, the first is {missing[0]}")
+        fail(f"{args.imagenet}: lacks {len(missing)} of the {len(folders)} folders, the first is {missing[0]}")
     for folder in folders:
         link = args.dst / folder
         link.parent.mkdir(parents=True, exist_ok=True)
         if link.is_symlink():
             link.unlink()
         elif link.exists():
-            parser.error(f"{link}: exists and is not a link, give an empty folder")
+            fail(f"{link}: exists and is not a link, give an empty folder")
         link.symlink_to((args.imagenet / folder).resolve(), target_is_directory=True)
     print(f"{args.dst}: {len(CLASSES)} classes linked in train and val")
 

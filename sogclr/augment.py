@@ -31,8 +31,9 @@ class Normalize(nn.Module):
 class Augment(nn.Module):
     """Colour jitter, greyscale, blur and normalisation, called with a view as the loader makes it:
 
-    (images, draws): uint8 [B, 3, H, W] crops, already flipped, and float32 [B, num_draws] uniform in [0, 1).
-    Returns float32 [B, 3, H, W], normalised. blur: whether to blur (the authors do not at 32 pixels).
+    (images, draws): uint8 [B, 3, H, W] crops, already flipped, and float32 [B, num_draws] uniform in [0, 1), on any
+    device. Returns float32 [B, 3, H, W], normalised, on the device of this module.
+    blur: whether to blur (the authors do not at 32 pixels).
     """
 
     num_draws = 11
@@ -44,7 +45,7 @@ class Augment(nn.Module):
 
     @torch.no_grad()
     def forward(self, view):
-        images, draws = view
+        images, draws = (part.to(self.normalize.mean.device, non_blocking=True) for part in view)
         images = images.float() / 255
         images = color_jitter(images, *jitter_parameters(draws[:, :9]))
         images = torch.lerp(images, luma(images), (draws[:, 9] < P_GREY).to(images)[:, None, None, None])
@@ -59,9 +60,9 @@ def jitter_parameters(draws):
     """
     order = draws[:, :4].argsort(dim=1)
     applied = draws[:, 4:5] < P_JITTER
-    spread = draws.new_tensor([BRIGHTNESS, CONTRAST, SATURATION, HUE])
-    neutral = draws.new_tensor([1.0, 1.0, 1.0, 0.0])
-    return order, neutral + applied * spread * (2 * draws[:, 5:9] - 1)
+    brightness, contrast, saturation, hue = (applied * (2 * draws[:, 5:9] - 1)).unbind(1)       # each in -1..1
+    return order, torch.stack([1 + BRIGHTNESS * brightness, 1 + CONTRAST * contrast,
+                               1 + SATURATION * saturation, HUE * hue], dim=1)
 
 
 def color_jitter(images, order, factors):

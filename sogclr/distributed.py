@@ -210,30 +210,3 @@ def all_gather(tensor):
     gathered = tensor.new_empty((world_size() * len(tensor), *tensor.shape[1:]))
     dist.all_gather_into_tensor(gathered, tensor.contiguous())
     return gathered
-
-
-class _AllGatherWithGradient(torch.autograd.Function):
-    """The gradient of rank r's rows is the *sum* of what every rank's loss says about them.
-
-    torch's own (`torch.distributed.nn.functional.all_gather`) does the same and is deprecated since 2.15 in favour of a
-    private module; this one stands on the two public collectives.
-    """
-
-    @staticmethod
-    def forward(ctx, tensor):
-        return all_gather(tensor)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = all_reduce_sum(grad.contiguous().clone())
-        rows = len(grad) // world_size()
-        return grad[rank() * rows:(rank() + 1) * rows]
-
-
-def all_gather_with_gradient(tensor):
-    """[b, D] on every rank -> [B, D] in the order of ranks, differentiable.
-
-    The backward pass sums the gradients of all ranks' losses, so that after DDP has averaged the parameters' gradients
-    over the ranks they are those of one process with the whole batch.
-    """
-    return tensor if world_size() == 1 else _AllGatherWithGradient.apply(tensor)

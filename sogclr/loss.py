@@ -7,6 +7,12 @@ Names follow the paper (Yuan et al., arXiv 2202.12387) and hold in the whole fil
     g_i^a  mean of exp(s(z_i^a, z)/tau) over the 2(B-1) views z of *other* images; g_i^b likewise
     u_i    moving average of g_i, one for each image of the data set; 0 before the image's first visit
     U_i^a  (1 - gamma_i) u_i + gamma_i g_i^a, with gamma_i = 1 on the first visit and gamma after; U_i^b likewise
+
+`plain_global_contrastive_loss` is the loss as the paper writes it, for one process. The classes compute the same in log
+space, across ranks, and faster, because a similarity is symmetric: z_i's gradient from its own negatives is
+sum_j w_ij z_j, that from being a negative of others is sum_j w_ji z_j, and w_ji is the same score exp(s_ij/tau) over
+another U. So every rank, told all U, sums both for its own images in a single product, and the ranks need not exchange
+gradients at all.
 """
 
 import functools
@@ -16,11 +22,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from sogclr.distributed import all_gather, all_gather_with_gradient, all_reduce_sum, rank, world_size
+from sogclr.distributed import all_gather, all_reduce_sum, rank, world_size
 
-# Similarities are computed a block of anchors at a time: the block (elements, not bytes) fits a CPU's cache, and on a
-# GPU it is large enough to be a single block at the usual batch sizes.
-_BLOCK = {"cpu": 2**18, "cuda": 2**25}
+# Scores are computed a block of anchors at a time: the block (elements, not bytes) fits a CPU's cache, and on a GPU it
+# is large enough to be a single block at the usual batch sizes.
+_BLOCK = {"cpu": 2**19, "cuda": 2**25}
 
 
 def _outside_autocast(forward):
@@ -48,7 +54,7 @@ class GlobalContrastiveLoss(nn.Module):
             raise ValueError(f"gamma must be in (0, 1], got {gamma}")
         self.temperature, self.gamma = temperature, gamma
         self.register_buffer("log_u", torch.full((num_samples,), -math.inf))
-        self.last_batch = None      # what `diagnostics` reads: z^a, z^b [B, D], log U [B, 2], all detached
+        self.last_batch = None      # what `diagnostics` reads: all views [2B, D] and their log U [2B]
 
     @property
     def u(self):
@@ -70,36 +76,40 @@ class GlobalContrastiveLoss(nn.Module):
         An index on the CPU is checked (range, duplicates); one on a GPU is not, since that would stall the device.
         Raises ValueError.
         """
-        z1, z2 = _normalized(z1, z2)
-        b = len(z1)
+        anchors = _views(z1, z2)                                                # [2b, D] views a, then views b
+        b = len(anchors) // 2
         _check_index(index, b, len(self.log_u))
         index = index.to(self.log_u.device, non_blocking=True)
-        Z1, Z2 = _gathered(z1, z2)
-        anchors, keys = torch.cat([z1, z2]), torch.cat([Z1, Z2])            # [2b, D], [2B, D]
 
         with torch.no_grad():
-            log_u = self.log_u[index].to(z1.dtype)
+            keys = _all_views(anchors)                                          # [2B, D]
+            log_count = math.log(len(keys) - 2)                                 # of the 2(B-1) negatives
+            scores = _Scores(anchors, keys, self.temperature, exclude_positive=True)
+            log_g = scores.log_sum - log_count                                  # [2b]
+
+            log_u = self.log_u[index].to(log_g.dtype)
             # log of (1 - gamma_i) u_i, and log gamma_i: an image's first visit takes the new value alone
             log_old = log_u + (math.log1p(-self.gamma) if self.gamma < 1 else -math.inf)
             log_gamma = torch.zeros_like(log_u).masked_fill(log_u > -math.inf, math.log(self.gamma))
-            log_U, expected, d_anchors, d_keys = _negatives(
-                anchors, keys, self.temperature, log_old.repeat(2), log_gamma.repeat(2))
-            log_U, expected = log_U.view(2, b).T, expected.view(2, b).sum(0)                    # [b, 2], [b]
-            value = expected - 2 * (z1 * z2).sum(1)                                             # [b]
-            # One exchange tells every rank every image's estimator and loss; float64 holds an index exactly.
-            batch = all_gather(torch.cat([index[:, None], log_U, value[:, None]], dim=1).double())
-            self._update(batch[:, 0].long(), batch[:, 1:3])
-            self.last_batch = Z1.detach(), Z2.detach(), batch[:, 1:3]
+            log_U = torch.logaddexp(log_old, log_gamma + log_g.view(2, b))      # [2, b]
+            # One exchange tells every rank every image's U; float64 holds an index exactly.
+            batch = all_gather(torch.stack([index.double(), *log_U.double()], dim=1))           # [B, 3]
+            log_U = batch[:, 1:].T.flatten().to(log_g.dtype)                    # [2B]
+            self._update(batch[:, 0].long(), log_U)
+            self.last_batch = keys, log_U
 
-        # The gradient was computed block by block beside the value: `linear` carries it, and adds exactly 0.
-        linear = -2 * (z1 * z2).sum() + (anchors * d_anchors).sum() + (keys * d_keys).sum()
-        return batch[:, 3].mean().to(z1.dtype) + (linear - linear.detach()) / b
+            # sum_j (w_ij + w_ji) z_j / (2(B-1)), with w_ij = exp(s_ij/tau) / U_i
+            push = scores.times_keys(-log_U - log_count)                        # [2b, D]
+
+        # The loss is quadratic in the projections once w is fixed, so that half of z . gradient is its value.
+        positive, negative = _positive(anchors), (anchors * push).sum()
+        return _mean_over_ranks((negative / 2 - 2 * positive) / b, gradient_of=(negative - 2 * positive) / b)
 
     def _update(self, index, log_U):
         """u_i <- (U_i^a + U_i^b) / 2, for the whole global batch, on every rank alike."""
         if index.device.type == "cpu" and world_size() > 1:
             _check_index(index, len(index), len(self.log_u))
-        self.log_u[index] = (torch.logaddexp(log_U[:, 0], log_U[:, 1]) - math.log(2)).to(self.log_u.dtype)
+        self.log_u[index] = (torch.logaddexp(*log_U.chunk(2)) - math.log(2)).to(self.log_u.dtype)
 
     @torch.no_grad()
     def diagnostics(self):
@@ -109,8 +119,34 @@ class GlobalContrastiveLoss(nn.Module):
         alignment: mean |z_i^a - z_i^b|^2; uniformity: log mean exp(-2 |z_i - z_j|^2) over pairs of different images in
         the same view (Wang and Isola, arXiv 2005.10242).
         """
-        Z1, Z2, log_U = self.last_batch
-        return _diagnostics(Z1, Z2, self.temperature, log_U)
+        return _diagnostics(*self.last_batch, self.temperature)
+
+
+def plain_global_contrastive_loss(z1, z2, u, temperature, gamma):
+    """The loss as the paper writes it, for one process and in linear space: the page to read beside the class above,
+    which computes the same in blocks, in log space and across ranks, and is tested against it.
+
+    z1, z2: [B, D] not normalised; u: [B] the batch's moving averages. Returns the loss and the new u [B].
+    """
+    B = len(z1)
+    z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    keys = torch.cat([z1, z2])                                                  # [2B, D]
+    others = 1 - torch.eye(B, dtype=z1.dtype, device=z1.device).repeat(1, 2)    # 0 where the key is of the same image
+    gamma = torch.where(u > 0, gamma, torch.ones_like(u))
+    loss, U = -2 * (z1 * z2).sum(1), []
+    for anchors in (z1, z2):
+        s = anchors @ keys.T                                                    # [B, 2B]
+        scores = (s.detach() / temperature).exp() * others
+        g = scores.sum(1) / (2 * (B - 1))
+        U.append((1 - gamma) * u + gamma * g)
+        w = scores / U[-1][:, None]
+        loss = loss + (w * s).sum(1) / (2 * (B - 1))
+    return loss.mean(), (U[0] + U[1]) / 2
+
+
+def gamma_at(epoch, gamma, decay_epochs):
+    """The cosine schedule of gamma: 1 in epoch 0, `gamma` from epoch `decay_epochs` on, half a cosine between."""
+    return gamma + (1 - gamma) * 0.5 * (1 + math.cos(math.pi * min(epoch / decay_epochs, 1)))
 
 
 class ContrastiveLoss(nn.Module):
@@ -124,96 +160,118 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         _check_temperature(temperature)
         self.temperature = temperature
-        self.last_batch = None
+        self.last_batch = None      # what `diagnostics` reads: all views [2B, D]
 
     @_outside_autocast
     def forward(self, z1, z2, index=None):
         """z1, z2: [b, D] not normalised; index is not needed. Returns and raises as `GlobalContrastiveLoss`."""
-        z1, z2 = _normalized(z1, z2)
-        b, B = len(z1), len(z1) * world_size()
-        Z1, Z2 = _gathered(z1, z2)
-        logits = torch.cat([z1, z2]) @ torch.cat([Z1, Z2]).T / self.temperature                 # [2b, 2B]
-        own1, own2 = _own_keys(b, B, z1.device).T                                               # [2b] each
-        view1 = torch.arange(2 * b, device=z1.device) < b
-        logits = logits.scatter(1, torch.where(view1, own1, own2)[:, None], -math.inf)          # the anchor itself
-        loss = F.cross_entropy(logits, torch.where(view1, own2, own1), reduction="sum") / b
-        self.last_batch = Z1.detach(), Z2.detach()
-        # every rank shows the global batch's value, and keeps its own share of the gradient
-        return all_reduce_sum(loss.detach().clone()) / world_size() + (loss - loss.detach())
+        anchors = _views(z1, z2)
+        b, tau = len(anchors) // 2, self.temperature
+        with torch.no_grad():
+            keys = self.last_batch = _all_views(anchors)
+            scores = _Scores(anchors, keys, tau, exclude_positive=False)
+            # sum_j (p_ij + p_ji) z_j / tau, with p_ij the share of view j in the softmax of anchor i
+            push = scores.times_keys(-_all_views(scores.log_sum)) / tau         # [2b, D]
+        positive = _positive(anchors)
+        return _mean_over_ranks((scores.log_sum.sum() - 2 * positive / tau) / b,
+                                gradient_of=((anchors * push).sum() - 2 * positive / tau) / b)
 
     @torch.no_grad()
     def diagnostics(self):
         """As `GlobalContrastiveLoss.diagnostics`, with g of this batch in the place of U."""
-        Z1, Z2 = self.last_batch
-        keys = torch.cat([Z1, Z2])
-        none = torch.full((len(keys),), -math.inf, dtype=keys.dtype, device=keys.device)
-        log_g = _negatives(keys, keys, self.temperature, none, torch.zeros_like(none), shard=0)[0]
-        return _diagnostics(Z1, Z2, self.temperature, log_g.view(2, -1).T)
+        keys = self.last_batch
+        scores = _Scores(keys, keys, self.temperature, exclude_positive=True, first=0)
+        return _diagnostics(keys, scores.log_sum - math.log(len(keys) - 2), self.temperature)
 
 
-def _negatives(anchors, keys, temperature, log_old, log_gamma, shard=None):
-    """The sum over the negatives, its gradient and the estimator, without ever holding all similarities at once.
+class _Scores:
+    """exp(s_ij / tau) of this rank's 2b anchors i with all 2B views j, but for the anchor itself and, if so asked, its
+    positive. Holds one [2b, 2B] matrix.
 
-    anchors: [2b, D] this rank's views a, then its views b; keys: [2B, D] all views a, then all views b;
-    log_old, log_gamma: [2b] log of (1 - gamma_i) u_i, and of gamma_i.
-
-    Returns, with w_ij = exp(s_ij / tau) / U_i taken as constant:
-    log_U     [2b]    log of (1 - gamma_i) u_i + gamma_i g_i
-    expected  [2b]    1/(2(B-1)) sum_j w_ij s_ij
-    d_anchors [2b, D], d_keys [2B, D]   the gradient of `expected.sum()`
+    anchors: [2b, D]; keys: [2B, D]; first: place of the first anchor's image in the batch (None: this rank's share).
+    log_sum: [2b] log of each anchor's sum over j.
     """
-    b, B = len(anchors) // 2, len(keys) // 2
-    own = _own_keys(b, B, anchors.device, shard)
-    log_U, expected = torch.empty_like(log_old), torch.empty_like(log_old)
-    d_anchors, d_keys = torch.empty_like(anchors), torch.zeros_like(keys)
-    log_count = math.log(2 * (B - 1))
-    block = max(1, _BLOCK.get(anchors.device.type, 2**25) // (2 * B))
-    for start in range(0, 2 * b, block):
-        rows = slice(start, start + block)
-        w = (anchors[rows] / temperature) @ keys.T                              # s/tau; a block of [2b, 2B]
-        w.scatter_(1, own[rows], -math.inf)                                     # neither the positive nor itself
-        top = w.amax(1, keepdim=True)
-        w.sub_(top).exp_()
-        log_g = top[:, 0] + w.sum(1).log() - log_count
-        log_U[rows] = torch.logaddexp(log_old[rows], log_gamma[rows] + log_g)
-        w.mul_((top - log_U[rows, None] - log_count).exp())                     # w_ij / (2(B-1)); at most 1/gamma
-        d_anchors[rows] = w @ keys
-        expected[rows] = (anchors[rows] * d_anchors[rows]).sum(1)
-        d_keys.addmm_(w.T, anchors[rows])
-    return log_U, expected, d_anchors, d_keys
+
+    def __init__(self, anchors, keys, temperature, exclude_positive, first=None):
+        b, B = len(anchors) // 2, len(keys) // 2
+        first = rank() * b if first is None else first
+        image = torch.arange(first, first + b, device=anchors.device)
+        self.itself = torch.cat([image, image + B])                             # [2b] the anchors among the keys
+        excluded = torch.stack([self.itself, (self.itself + B) % (2 * B)], dim=1)[:, :1 + exclude_positive]
+        # Since |s| <= 1, all scores fit float32 when they are divided by exp(1/tau), unless tau is small. Then s / tau
+        # itself is kept, and exp is taken when each row's scale is known.
+        self.shift = 1 / temperature if 2 / temperature < 60 else None
+        self.keys, self.log_sum = keys, anchors.new_empty(2 * b)
+        self.matrix = anchors.new_empty(2 * b, 2 * B)
+        anchors = anchors / temperature
+        for rows in self._blocks():
+            block = torch.mm(anchors[rows], keys.T, out=self.matrix[rows])
+            block.scatter_(1, excluded[rows], -math.inf)
+            if self.shift is None:
+                self.log_sum[rows] = block.logsumexp(1)
+            else:
+                self.log_sum[rows] = block.sub_(self.shift).exp_().sum(1).log() + self.shift
+
+    def times_keys(self, log_weight):
+        """log_weight [2B] -> sum_j exp(s_ij / tau) (weight_i + weight_j) key_j, [2b, D]. Can be called once: the matrix
+        is overwritten.
+        """
+        product = self.keys.new_empty(len(self.matrix), self.keys.shape[1])
+        own = log_weight[self.itself, None]
+        for rows in self._blocks():
+            block = self.matrix[rows]
+            if self.shift is None:
+                block = (block + own[rows]).exp_() + (block + log_weight).exp_()
+            else:
+                block.mul_((own[rows] + self.shift).exp() + (log_weight + self.shift).exp())
+            torch.mm(block, self.keys, out=product[rows])
+        return product
+
+    def _blocks(self):
+        rows, columns = self.matrix.shape
+        size = max(1, _BLOCK.get(self.matrix.device.type, 2**25) // columns)
+        return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def _own_keys(b, B, device, shard=None):
-    """[2b, 2] the two places among the keys that show the anchor's own image: in views a and in views b."""
-    first = (rank() if shard is None else shard) * b
-    image = torch.arange(first, first + b, device=device).repeat(2)
-    return torch.stack([image, image + B], dim=1)
-
-
-def _normalized(z1, z2):
-    """Unit rows, in float32 or better; at least two images over all ranks."""
+def _views(z1, z2):
+    """[b, D] twice -> [2b, D] unit rows, views a before views b, in float32 or better."""
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise ValueError(f"the two views must be [B, D] and alike, got {list(z1.shape)} and {list(z2.shape)}")
     if len(z1) * world_size() < 2:
         raise ValueError("the batch must hold at least 2 images: one alone has no negatives")
-    return tuple(F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=1) for z in (z1, z2))
+    z = torch.cat([z1, z2])
+    return F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=1)
 
 
-def _gathered(z1, z2):
-    """[b, D] twice -> [B, D] twice: every rank's projections, in one differentiable exchange."""
-    return all_gather_with_gradient(torch.cat([z1, z2], dim=1)).chunk(2, dim=1)
+def _all_views(anchors):
+    """[2b, ...] of this rank -> [2B, ...] of all ranks, views a before views b. No gradient."""
+    every = all_gather(anchors.detach())
+    return every.unflatten(0, (world_size(), 2, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def _diagnostics(Z1, Z2, temperature, log_U):
-    positive = (Z1 * Z2).sum(1)
-    B = len(Z1)
-    apart = []
+def _positive(anchors):
+    """sum_i s(z_i^a, z_i^b)"""
+    z1, z2 = anchors.chunk(2)
+    return (z1 * z2).sum()
+
+
+def _mean_over_ranks(value, gradient_of):
+    """The mean of `value` over the ranks, with the gradient of another scalar (whose value is taken out again: x - x
+    is exactly 0).
+    """
+    return all_reduce_sum(value.detach().clone()) / world_size() + (gradient_of - gradient_of.detach())
+
+
+def _diagnostics(keys, log_U, temperature):
+    Z1, Z2 = keys.chunk(2)
+    positive, B = (Z1 * Z2).sum(1), len(Z1)
+    apart = 0
     for Z in (Z1, Z2):
         potential = (4 * (Z @ Z.T) - 4).fill_diagonal_(-math.inf)       # -2 |x - y|^2 of unit vectors
-        apart.append(potential.flatten().logsumexp(0) - math.log(B * (B - 1)))
-    return {"gcl": (temperature * log_U.sum(1) - 2 * positive).mean(),
+        apart = apart + (potential.flatten().logsumexp(0) - math.log(B * (B - 1))) / 2
+    return {"gcl": (temperature * log_U.sum() - 2 * positive.sum()) / B,
             "alignment": (2 - 2 * positive).mean(),
-            "uniformity": (apart[0] + apart[1]) / 2}
+            "uniformity": apart}
 
 
 def _check_temperature(temperature):
@@ -224,7 +282,7 @@ def _check_temperature(temperature):
 def _check_index(index, length, num_samples):
     if index.shape != (length,):
         raise ValueError(f"index must be [{length}], one for each image, got {list(index.shape)}")
-    if index.device.type == "cpu" and length:
+    if index.device.type == "cpu":
         if index.min() < 0 or index.max() >= num_samples:
             raise ValueError(f"index must lie in 0 to {num_samples - 1}, got {int(index.min())} to {int(index.max())}")
         if len(index.unique()) < length:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sogclr import loss as loss_module
-from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
+from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, gamma_at, plain_global_contrastive_loss
 
 
 def unit(z):
@@ -79,7 +79,7 @@ def run(criterion, z1, z2, index):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize(("temperature", "gamma"), [(0.1, 0.9), (0.5, 0.3), (1.0, 1.0), (0.07, 0.99)])
+@pytest.mark.parametrize(("temperature", "gamma"), [(0.1, 0.9), (0.5, 0.3), (1.0, 1.0), (0.07, 0.99), (0.03, 0.9)])
 def test_equals_the_papers_formulas_over_many_steps(dtype, tolerance, temperature, gamma, monkeypatch):
     """Loss, gradient of both views and u must equal the loops over 35 steps with revisits and mixed first visits."""
     monkeypatch.setitem(loss_module._BLOCK, "cpu", 40)      # blocks of 2 and 3 rows: the seams are tested too
@@ -92,7 +92,12 @@ def test_equals_the_papers_formulas_over_many_steps(dtype, tolerance, temperatur
         z1, z2 = views(B, 5, seed=step, dtype=dtype)
         expected = reference(*(z.detach().double().numpy() for z in (z1, z2)), index, u, temperature, gamma)
         loss, grad1, grad2 = run(criterion, z1, z2, index)
+        plain, plain_u = plain_global_contrastive_loss(
+            z1, z2, torch.tensor([u.get(int(i), 0.0) for i in index], dtype=dtype), temperature, gamma)
         u = expected[3]
+        assert gap(plain.detach(), expected[0]) < tolerance
+        assert gap(torch.autograd.grad(plain, z1)[0], expected[1]) < tolerance
+        assert relative_gap(plain_u, [u[int(i)] for i in index]) < tolerance
         assert gap(loss, expected[0]) < tolerance
         assert gap(grad1, expected[1]) < tolerance
         assert gap(grad2, expected[2]) < tolerance
@@ -255,6 +260,11 @@ def test_bad_input_is_refused(z1, z2, index, message):
     with pytest.raises(ValueError, match=message):
         criterion(torch.randn(z1), torch.randn(z2), torch.tensor(index))
     assert (criterion.u == 0).all()
+
+
+def test_gamma_schedule():
+    """1 at the start, halfway in the middle, --gamma at the end of the decay and after it."""
+    assert [gamma_at(epoch, 0.8, 100) for epoch in (0, 50, 100, 799)] == pytest.approx([1, 0.9, 0.8, 0.8])
 
 
 @pytest.mark.parametrize(("temperature", "gamma"), [(0, 0.9), (-1, 0.9), (math.nan, 0.9), (0.1, 0), (0.1, 1.5)])

@@ -1,5 +1,11 @@
-"""The real scripts as subprocesses, on real image files: what a user types, and what it prints."""
+"""The real scripts on real image files: what a user types, and what it prints.
 
+`run` starts a script as a user does; `call` runs its main in this process, which saves the start of torch.
+"""
+
+import contextlib
+import functools
+import io
 import os
 import re
 import shlex
@@ -37,12 +43,25 @@ def run(script, *args, ok=True, launcher=(sys.executable,), cwd=ROOT, threads="1
     return done
 
 
+def call(module, *args):
+    """The output of `train` or `lincls`, line by line."""
+    args = module.PARSER.parse_args(list(map(str, args)))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        patch.setattr(sys, "argv", [module.__name__])
+        module.launch(module.main_worker, args)
+    return output.getvalue().splitlines()
+
+
 def losses(lines):
     return re.findall(r"Epoch: \[\d+\]\[ *\d+/\d+\].*  Loss (\S+) ", "\n".join(lines))
 
 
 def newest(folder, name="checkpoint_last.pth.tar"):
     return max(Path(folder).rglob(name), key=lambda path: path.stat().st_mtime)
+
+
+def load(folder):
+    return torch.load(newest(folder), weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +118,9 @@ def test_pretraining_writes_what_others_read(pretrained):
 def test_seed_decides_everything(imagenet, tmp_path):
     """Twice the same seed must give the same losses, two seeds different ones, whatever the number of workers."""
     common = ["--data", imagenet, *TINY, "--epochs", 1]
-    one = losses(run("train.py", *common, "--seed", 1, "--save_dir", tmp_path / "a"))
-    again = losses(run("train.py", *common, "--seed", 1, "--save_dir", tmp_path / "b", "--workers", 0))
-    other = losses(run("train.py", *common, "--seed", 2, "--save_dir", tmp_path / "c"))
+    one = losses(call(train, *common, "--seed", 1, "--save_dir", tmp_path / "a"))
+    again = losses(call(train, *common, "--seed", 1, "--save_dir", tmp_path / "b", "--workers", 0))
+    other = losses(call(train, *common, "--seed", 2, "--save_dir", tmp_path / "c"))
     assert len(one) == 3
     assert one == again
     assert set(one).isdisjoint(other)
@@ -111,9 +130,9 @@ def test_resumed_run_equals_uninterrupted(pretrained, imagenet, tmp_path):
     """--resume after the first epoch must print the second epoch's losses and end with the same weights and u."""
     lines, folder = pretrained
     first = newest(folder, "checkpoint_0000.pth.tar")
-    again = run("train.py", "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path, "--resume", first)
+    again = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path, "--resume", first)
     assert losses(again) == losses(lines)[3:]
-    straight, resumed = (torch.load(newest(path), weights_only=True) for path in (folder, tmp_path))
+    straight, resumed = load(folder), load(tmp_path)
     assert torch.equal(straight["log_u"], resumed["log_u"])
     assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in straight["state_dict"].items())
     for k, state in straight["optimizer"]["state"].items():
@@ -123,23 +142,57 @@ def test_resumed_run_equals_uninterrupted(pretrained, imagenet, tmp_path):
 def test_same_command_finds_its_run(imagenet, tmp_path):
     """--resume auto starts, then finds a finished run; without it the run is not overwritten."""
     command = ["--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path, "--seed", 3]
-    assert len(losses(run("train.py", *command, "--resume", "auto"))) == 3
-    assert losses(run("train.py", *command, "--resume", "auto")) == []
+    assert len(losses(call(train, *command, "--resume", "auto"))) == 3
+    assert losses(call(train, *command, "--resume", "auto")) == []
     refused = run("train.py", *command, ok=False)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "--resume auto" in refused.stderr
 
 
+EFFECTIVE = ["--lr 0.3", "--learning-rate-scaling linear", "--momentum 0.1", "--wd 0.5", "--warmup-epochs 1",
+             "--crop-min 0.9", "--t 0.3", "--gamma 0.2", "--gamma-schedule cosine --gamma-decay-epochs 4",
+             "--gamma-schedule cosine --gamma-decay-epochs 9", "--batch-size 6", "--start-epoch 1", "--seed 2",
+             "--precision bf16", "--image-size 40", "--epochs 4", "--optimizer adamw", "--loss_type cl"]
+
+
+@pytest.fixture(scope="module")
+def weights(imagenet, tmp_path_factory):
+    """A function from flags to some of the encoder's weights after three epochs with them."""
+    @functools.cache
+    def train_with(flags):
+        folder = tmp_path_factory.mktemp("flags")
+        call(train, "--data", imagenet, *TINY, "--workers", 0, "--epochs", 3, "--seed", 1, "--save_dir", folder,
+             *flags.split())
+        return load(folder)["state_dict"]["module.base_encoder.layer4.0.conv1.weight"]
+    return train_with
+
+
+@pytest.mark.parametrize("flags", EFFECTIVE)
+def test_every_flag_has_an_effect(flags, weights):
+    """Another value of any flag of the method must lead to weights that no other case has."""
+    assert not any(torch.equal(weights(flags), weights(other)) for other in ("", *EFFECTIVE) if other != flags)
+
+
+@pytest.mark.parametrize("flags", ["--lr 0.5", "--momentum 0.1", "--wd 0.5", "--batch-size 6", "--seed 2",
+                                   "--start-epoch 1", "--epochs 4", "--precision bf16", "--image-size 40"])
+def test_every_flag_of_lincls_has_an_effect(flags, imagenet, tmp_path):
+    """Another value of any flag of the protocol must lead to another classifier."""
+    common = ["--data", imagenet, *TINY, "--workers", 0, "--epochs", 3, "--seed", 1]
+    call(lincls, *common, "--save_dir", tmp_path / "plain")
+    call(lincls, *common, "--save_dir", tmp_path / "other", *flags.split())
+    plain, other = (load(tmp_path / name)["state_dict"]["module.fc.weight"] for name in ("plain", "other"))
+    assert not torch.equal(plain, other)
+
+
 @pytest.mark.parametrize(("flags", "changes"), [
-    (["--loss_type", "cl"], ()),
-    (["--optimizer", "adamw", "--lr", "1e-3"], ()),
+    (["--loss_type", "cl", "--optimizer", "adamw", "--lr", "1e-3"], ()),
     (["--num_proj_layers", "3", "--dim", "16", "--mlp-dim", "32"], ("16", "32")),
     (["--stem", "cifar", "--precision", "bf16"], ()),
 ])
 def test_flags_reach_the_model(imagenet, tmp_path, flags, changes):
     """Every choice must train and leave its mark in the checkpoint."""
-    run("train.py", "--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path, *flags)
-    saved = torch.load(newest(tmp_path), weights_only=True)
+    call(train, "--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path, *flags)
+    saved = load(tmp_path)
     state = saved["state_dict"]
     assert ("u" in saved) == ("cl" not in flags)
     assert ("mu" in saved["optimizer"]["state"][0]) == ("adamw" not in flags)
@@ -160,26 +213,24 @@ def test_torchrun_with_two_processes(script, pretrained, imagenet, tmp_path):
                     launcher=torchrun)
         assert len(losses(lines)) == 6
         assert any("(4 a rank)" in line for line in lines)
-        saved = torch.load(newest(tmp_path), weights_only=True)
-        assert (saved["u"] > 0).all()
+        assert (load(tmp_path)["u"] > 0).all()
         resumed = run(script, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path / "again", "--resume",
                       newest(tmp_path, "checkpoint_0000.pth.tar"), launcher=torchrun)
         assert losses(resumed) == losses(lines)[3:]
     else:
         command = ["--data", imagenet, *TINY, "--epochs", 2, "--seed", 1,
                    "--pretrained", newest(pretrained[1], "checkpoint_0001.pth.tar")]
-        one = run(script, *command, "--save_dir", tmp_path / "one")
+        call(lincls, *command, "--save_dir", tmp_path / "one")
         two = run(script, *command, "--save_dir", tmp_path / "two", launcher=torchrun)
-        a, b = (torch.load(newest(tmp_path / name), weights_only=True) for name in ("one", "two"))
+        a, b = load(tmp_path / "one"), load(tmp_path / "two")
         assert a["acc1"] == b["acc1"]
         for name in ("module.fc.weight", "module.fc.bias"):
             assert torch.allclose(a["state_dict"][name], b["state_dict"][name], atol=1e-5)
-        assert any("unchanged" in line for line in one)
         assert len([line for line in two if line.startswith(" * ")]) == 2
 
 
-def test_linear_evaluation(pretrained, imagenet, tmp_path):
-    """lincls must train, save, resume, and evaluate what it saved, from a bare file name too."""
+def test_linear_evaluation(pretrained, imagenet, tmp_path, monkeypatch):
+    """lincls must train, save, and evaluate what it saved, from a bare file name too."""
     source = newest(pretrained[1], "checkpoint_0001.pth.tar")
     os.symlink(source, tmp_path / "checkpoint_0001.pth.tar")
     command = ["--pretrained", "checkpoint_0001.pth.tar", "--data", imagenet, *TINY, "--seed", 1]
@@ -195,21 +246,40 @@ def test_linear_evaluation(pretrained, imagenet, tmp_path):
             assert torch.equal(value, frozen[name.replace("module.", "module.base_encoder.")])
     assert saved["state_dict"]["module.fc.weight"].shape == (3, 512)
     # -e prints the accuracy of the last epoch
-    evaluated = run("lincls.py", *command, "--epochs", 3, "-e", "--resume", last, cwd=tmp_path)[-1]
+    monkeypatch.chdir(tmp_path)
+    evaluated = call(lincls, *command, "--epochs", 3, "-e", "--resume", last)[-1]
     assert evaluated.split("Acc@1")[1] in scores[-1]
-    # going on after the first epoch gives the same classifier
-    os.rename(last.with_name("model_best.pth.tar"), tmp_path / "best")
-    run("lincls.py", *command, "--epochs", 3, "--save_dir", tmp_path / "b", cwd=tmp_path)
-    assert torch.equal(torch.load(newest(tmp_path / "b"), weights_only=True)["state_dict"]["module.fc.weight"],
-                       saved["state_dict"]["module.fc.weight"])
+
+
+def test_resumed_linear_evaluation_equals_uninterrupted(imagenet, tmp_path, monkeypatch):
+    """--resume auto after a cut in the second epoch must end with the classifier of an uninterrupted run."""
+    command = ["--data", imagenet, *TINY, "--seed", 1, "--epochs", 3]
+    call(lincls, *command, "--save_dir", tmp_path / "straight")
+
+    def cut(*args):
+        if lincls.set_lr.calls == 1:
+            raise KeyboardInterrupt
+        lincls.set_lr.calls += 1
+        set_lr(*args)
+
+    set_lr, cut.calls = lincls.set_lr, 0
+    monkeypatch.setattr(lincls, "set_lr", cut)
+    with pytest.raises(KeyboardInterrupt):
+        call(lincls, *command, "--save_dir", tmp_path / "cut")
+    monkeypatch.undo()
+    lines = call(lincls, *command, "--save_dir", tmp_path / "cut", "--resume", "auto")
+    assert [line.split()[2] for line in lines if line.startswith(" * Epoch")] == ["1", "2"]
+    straight, resumed = load(tmp_path / "straight"), load(tmp_path / "cut")
+    assert torch.equal(straight["state_dict"]["module.fc.weight"], resumed["state_dict"]["module.fc.weight"])
+    assert straight["best_acc1"] == resumed["best_acc1"]
 
 
 def test_shapes_and_unlabelled_folders(imagenet, tmp_path):
     """`shapes` needs no data; `folder` needs no classes."""
     tiny = [*TINY, "--batch-size", 500, "--epochs", 1, "--save_dir", tmp_path]
-    assert len(losses(run("train.py", "--data_name", "shapes", *tiny))) == 5
+    assert len(losses(call(train, "--data_name", "shapes", *tiny))) == 5
     flat = imagenet / "train" / "n01440764"
-    assert len(losses(run("train.py", "--data_name", "folder", "--data", flat, *tiny, "--batch-size", 4))) == 2
+    assert len(losses(call(train, "--data_name", "folder", "--data", flat, *tiny, "--batch-size", 4))) == 2
 
 
 BAD = [
