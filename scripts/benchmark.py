@@ -120,7 +120,7 @@ def benchmark_loss(repeats):
 
         losses = {"ours": GlobalContrastiveLoss(N).to(DEVICE), "direct": DirectTranscription(N)}
         contestants = {name: lambda criterion=criterion: step(criterion) for name, criterion in losses.items()}
-        ms = milliseconds(contestants, max(3, repeats * 64 // max(B, 64)))
+        ms = milliseconds(contestants, repeats if B <= 1024 else max(repeats // 6, 1))
         matrix = B * 2 * B * 4      # one [B, 2B] float32 matrix
         memory = {name: peak_bytes(function) / matrix for name, function in contestants.items()}
         rows.append({"B": B, "direct ms": ms["direct"], "ours ms": ms["ours"], "ratio": ms["direct"] / ms["ours"],
@@ -180,7 +180,7 @@ def main():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("mode", choices=tuple(MODES), help="what to measure")
     parser.add_argument("--repeats", default=30, type=number(int, "[1, inf)"), metavar="N",
-                        help="repeats of the smallest case; larger ones get fewer")
+                        help="repeats, fewer in the longest cases")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
     hardware = torch.cuda.get_device_name() if DEVICE.type == "cuda" else \

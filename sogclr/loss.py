@@ -26,7 +26,7 @@ from sogclr.distributed import all_gather, all_reduce_sum, rank, world_size
 
 # Scores are computed a block of anchors at a time: the block (elements, not bytes) fits a CPU's cache, and on a GPU it
 # is large enough to be a single block at the usual batch sizes.
-_BLOCK = {"cpu": 2**19, "cuda": 2**25}
+_BLOCK = {"cpu": 2**20, "cuda": 2**25}
 
 
 def _outside_autocast(forward):
@@ -55,6 +55,7 @@ class GlobalContrastiveLoss(nn.Module):
         self.temperature, self.gamma = temperature, gamma
         self.register_buffer("log_u", torch.full((num_samples,), -math.inf))
         self.last_batch = None      # what `diagnostics` reads: all views [2B, D] and their log U [2B]
+        self.scores = None
 
     @property
     def u(self):
@@ -84,7 +85,7 @@ class GlobalContrastiveLoss(nn.Module):
         with torch.no_grad():
             keys = _all_views(anchors)                                          # [2B, D]
             log_count = math.log(len(keys) - 2)                                 # of the 2(B-1) negatives
-            scores = _Scores(anchors, keys, self.temperature, exclude_positive=True)
+            scores = self.scores = _Scores(anchors, keys, self.temperature, exclude_positive=True, reuse=self.scores)
             log_g = scores.log_sum - log_count                                  # [2b]
 
             log_u = self.log_u[index].to(log_g.dtype)
@@ -99,11 +100,11 @@ class GlobalContrastiveLoss(nn.Module):
             self.last_batch = keys, log_U
 
             # sum_j (w_ij + w_ji) z_j / (2(B-1)), with w_ij = exp(s_ij/tau) / U_i
-            push = scores.times_keys(-log_U - log_count)                        # [2b, D]
+            gradient = scores.times_keys(-log_U - log_count) - 2 * _positives(anchors)          # [2b, D]
 
-        # The loss is quadratic in the projections once w is fixed, so that half of z . gradient is its value.
-        positive, negative = _positive(anchors), (anchors * push).sum()
-        return _mean_over_ranks((negative / 2 - 2 * positive) / b, gradient_of=(negative - 2 * positive) / b)
+        # With w fixed the loss is quadratic in the projections, so that its value is half of projection . gradient.
+        linear = (anchors * gradient).sum() / b
+        return _mean_over_ranks(linear / 2, gradient_of=linear)
 
     def _update(self, index, log_U):
         """u_i <- (U_i^a + U_i^b) / 2, for the whole global batch, on every rank alike."""
@@ -161,6 +162,7 @@ class ContrastiveLoss(nn.Module):
         _check_temperature(temperature)
         self.temperature = temperature
         self.last_batch = None      # what `diagnostics` reads: all views [2B, D]
+        self.scores = None
 
     @_outside_autocast
     def forward(self, z1, z2, index=None):
@@ -169,12 +171,12 @@ class ContrastiveLoss(nn.Module):
         b, tau = len(anchors) // 2, self.temperature
         with torch.no_grad():
             keys = self.last_batch = _all_views(anchors)
-            scores = _Scores(anchors, keys, tau, exclude_positive=False)
+            scores = self.scores = _Scores(anchors, keys, tau, exclude_positive=False, reuse=self.scores)
             # sum_j (p_ij + p_ji) z_j / tau, with p_ij the share of view j in the softmax of anchor i
-            push = scores.times_keys(-_all_views(scores.log_sum)) / tau         # [2b, D]
-        positive = _positive(anchors)
-        return _mean_over_ranks((scores.log_sum.sum() - 2 * positive / tau) / b,
-                                gradient_of=((anchors * push).sum() - 2 * positive / tau) / b)
+            positives = _positives(anchors)
+            gradient = (scores.times_keys(-_all_views(scores.log_sum)) - 2 * positives) / tau   # [2b, D]
+            value = (scores.log_sum.sum() - (anchors * positives).sum() / tau) / b
+        return _mean_over_ranks(value, gradient_of=(anchors * gradient).sum() / b)
 
     @torch.no_grad()
     def diagnostics(self):
@@ -188,11 +190,13 @@ class _Scores:
     """exp(s_ij / tau) of this rank's 2b anchors i with all 2B views j, but for the anchor itself and, if so asked, its
     positive. Holds one [2b, 2B] matrix.
 
-    anchors: [2b, D]; keys: [2B, D]; first: place of the first anchor's image in the batch (None: this rank's share).
+    anchors: [2b, D]; keys: [2B, D]; first: place of the first anchor's image in the batch (None: this rank's share);
+    reuse: the scores of an earlier step, whose memory is taken over, since a fresh matrix costs a CPU many page faults
+    (it is 1 MB for B = 256 on one rank).
     log_sum: [2b] log of each anchor's sum over j.
     """
 
-    def __init__(self, anchors, keys, temperature, exclude_positive, first=None):
+    def __init__(self, anchors, keys, temperature, exclude_positive, first=None, reuse=None):
         b, B = len(anchors) // 2, len(keys) // 2
         first = rank() * b if first is None else first
         image = torch.arange(first, first + b, device=anchors.device)
@@ -200,30 +204,33 @@ class _Scores:
         excluded = torch.stack([self.itself, (self.itself + B) % (2 * B)], dim=1)[:, :1 + exclude_positive]
         # Since |s| <= 1, all scores fit float32 when they are divided by exp(1/tau), unless tau is small. Then s / tau
         # itself is kept, and exp is taken when each row's scale is known.
-        self.shift = 1 / temperature if 2 / temperature < 60 else None
+        self.small_tau = 2 / temperature > 60
+        self.shift = 0.0 if self.small_tau else 1 / temperature
         self.keys, self.log_sum = keys, anchors.new_empty(2 * b)
-        self.matrix = anchors.new_empty(2 * b, 2 * B)
-        anchors = anchors / temperature
+        fits = reuse is not None and reuse.matrix.shape == (2 * b, 2 * B) and (
+            reuse.matrix.dtype, reuse.matrix.device) == (anchors.dtype, anchors.device)
+        self.matrix = reuse.matrix if fits else anchors.new_empty(2 * b, 2 * B)
         for rows in self._blocks():
-            block = torch.mm(anchors[rows], keys.T, out=self.matrix[rows])
+            block = self.matrix[rows].fill_(-self.shift).addmm_(anchors[rows], keys.T, alpha=1 / temperature)
             block.scatter_(1, excluded[rows], -math.inf)
-            if self.shift is None:
+            if self.small_tau:
                 self.log_sum[rows] = block.logsumexp(1)
             else:
-                self.log_sum[rows] = block.sub_(self.shift).exp_().sum(1).log() + self.shift
+                self.log_sum[rows] = block.exp_().sum(1).log_().add_(self.shift)
 
     def times_keys(self, log_weight):
         """log_weight [2B] -> sum_j exp(s_ij / tau) (weight_i + weight_j) key_j, [2b, D]. Can be called once: the matrix
         is overwritten.
         """
         product = self.keys.new_empty(len(self.matrix), self.keys.shape[1])
-        own = log_weight[self.itself, None]
+        weight = log_weight if self.small_tau else (log_weight + self.shift).exp()
+        own = weight[self.itself, None]
         for rows in self._blocks():
             block = self.matrix[rows]
-            if self.shift is None:
-                block = (block + own[rows]).exp_() + (block + log_weight).exp_()
+            if self.small_tau:
+                block = (block + own[rows]).exp_() + (block + weight).exp_()
             else:
-                block.mul_((own[rows] + self.shift).exp() + (log_weight + self.shift).exp())
+                block.mul_(own[rows] + weight)
             torch.mm(block, self.keys, out=product[rows])
         return product
 
@@ -249,10 +256,9 @@ def _all_views(anchors):
     return every.unflatten(0, (world_size(), 2, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def _positive(anchors):
-    """sum_i s(z_i^a, z_i^b)"""
-    z1, z2 = anchors.chunk(2)
-    return (z1 * z2).sum()
+def _positives(anchors):
+    """[2b, D] -> [2b, D] the other view of each anchor's image."""
+    return anchors.detach().roll(len(anchors) // 2, dims=0)
 
 
 def _mean_over_ranks(value, gradient_of):
@@ -283,7 +289,8 @@ def _check_index(index, length, num_samples):
     if index.shape != (length,):
         raise ValueError(f"index must be [{length}], one for each image, got {list(index.shape)}")
     if index.device.type == "cpu":
-        if index.min() < 0 or index.max() >= num_samples:
-            raise ValueError(f"index must lie in 0 to {num_samples - 1}, got {int(index.min())} to {int(index.max())}")
-        if len(index.unique()) < length:
+        ordered = index.sort().values
+        if ordered[0] < 0 or ordered[-1] >= num_samples:
+            raise ValueError(f"index must lie in 0 to {num_samples - 1}, got {int(ordered[0])} to {int(ordered[-1])}")
+        if (ordered[1:] == ordered[:-1]).any():
             raise ValueError("an image appears twice in the batch; its estimator can take one value only")
