@@ -65,9 +65,10 @@ def main_worker(args, device):
     saved = checkpoint.load(resume, "--resume") if resume else {}
     seed = set_seed(args, saved)
     train_sampler = EpochSampler(len(train_data.images), args.batch_size, seed, shuffle=True)
-    train_loader = Loader(Labelled(train_data, seed, augment=True), train_sampler, args.workers, device)
+    train_crops = Labelled(train_data, seed, augment=True, bad_images=args.bad_images)
+    train_loader = Loader(train_crops, train_sampler, args.workers, device)
     val_sampler = EpochSampler(len(val_data.images), args.batch_size)
-    val_loader = Loader(Labelled(val_data), val_sampler, args.workers, device)
+    val_loader = Loader(Labelled(val_data, bad_images=args.bad_images), val_sampler, args.workers, device)
     normalize = Normalize(train_data.mean, train_data.std).to(device)
 
     # The frozen encoder gives features [b, C]; the classifier alone is trained.
@@ -105,15 +106,17 @@ def main_worker(args, device):
     def features(images):
         """uint8 [b, 3, H, W] -> float32 [b, C]"""
         with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
-            return encoder(normalize(images.to(device, non_blocking=True))).float()
+            return encoder(normalize(images)).float()
 
     def validate():
         """Acc@1 and Acc@5 in percent, over each validation image exactly once, on all ranks."""
-        hits = torch.zeros(2, dtype=torch.int64, device=device)
+        counts = torch.zeros(3, dtype=torch.int64, device=device)       # right in top 1, in top 5, seen
         for images, target in val_loader.epoch(0):
             if len(images):
-                hits += correct_in_top(classifier(features(images)), target.to(device), (1, 5))
-        return [100 * count / len(val_data.images) for count in all_reduce_sum(hits).tolist()]
+                counts[:2] += correct_in_top(classifier(features(images)), target.to(device), (1, 5))
+                counts[2] += len(images)
+        *hits, seen = all_reduce_sum(counts).tolist()
+        return [100 * count / seen for count in hits]
 
     if args.evaluate:
         with torch.no_grad():

@@ -17,7 +17,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from sogclr import InputError, checkpoint
-from sogclr.augment import Augment
+from sogclr.augment import Augment, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, resnet
 from sogclr.distributed import data_parallel, device_names, launch, log, rank, set_seed, world_size
 from sogclr.flags import Parser, add_shared_flags, non_defaults, number, resolve_precision
@@ -56,6 +56,9 @@ def build_parser():
                         help="length of the cosine schedule of gamma (default: half of --epochs)")
     method.add_argument("--crop-min", default=0.08, type=number(float, "(0, 1]"), metavar="SHARE",
                         help="smallest share of an image's area that a crop takes")
+    method.add_argument("--augment", default="batched", choices=("batched", "pil"),
+                        help="where colour is changed: in batches on the device, or image by image in the workers, as "
+                             "the authors do (slower, to compare with)")
     return parser
 
 
@@ -66,7 +69,7 @@ def run_name(args):
             f"_E{args.epochs}_WR{args.warmup_epochs}_lr_{args.lr:g}_{args.learning_rate_scaling}"
             f"_wd_{args.weight_decay:g}_t_{args.t:g}_g_{args.gamma:g}_m_{args.momentum:g}_{args.optimizer}")
     return name + non_defaults(PARSER, args, ("num_proj_layers", "crop_min", "stem", "image_size", "precision",
-                                              "gamma_schedule", "gamma_decay_epochs", "seed"))
+                                              "augment", "gamma_schedule", "gamma_decay_epochs", "seed"))
 
 
 def main_worker(args, device):
@@ -89,17 +92,21 @@ def main_worker(args, device):
 
     # Data: uint8 crops from the workers; their colour is done on the device.
     sampler = EpochSampler(num_images, args.batch_size, seed, shuffle=True, drop_last=True)
-    loader = Loader(TwoViews(data, seed, args.crop_min, Augment.num_draws), sampler, args.workers, device)
-    augment = Augment(data.mean, data.std, data.blur).to(device)
+    recipe = None
+    if args.augment == "pil":
+        recipe = pil_recipe(data.image_size, args.crop_min, data.mean, data.std, data.blur)
+    views = TwoViews(data, seed, args.crop_min, Augment.num_draws, args.bad_images, recipe)
+    loader = Loader(views, sampler, args.workers, device)
+    precision, dtype = resolve_precision(args.precision, device)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    augment = Augment(data.mean, data.std, data.blur, dtype, layout).to(device)
 
     # Model, loss, optimizer.
     stem = choose_stem(args.stem, data.image_size)
     encoder = resnet(args.arch, stem, zero_init_residual=True)
-    model = SimCLR(encoder, args.dim, args.mlp_dim, args.num_proj_layers).to(device)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-        if ranks > 1:
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = SimCLR(encoder, args.dim, args.mlp_dim, args.num_proj_layers).to(device, memory_format=layout)
+    if device.type == "cuda" and ranks > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.loss_type == "dcl":
         criterion = GlobalContrastiveLoss(num_images, args.t, args.gamma).to(device)
     else:
@@ -109,7 +116,6 @@ def main_worker(args, device):
         optimizer = LARS(model.parameters(), peak_lr, weight_decay=args.weight_decay, momentum=args.momentum)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), peak_lr, weight_decay=args.weight_decay)
-    precision, dtype = resolve_precision(args.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     start_epoch = restore(saved, resume, args, model, criterion, optimizer, scaler) if resume else 0

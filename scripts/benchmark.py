@@ -3,6 +3,7 @@
 
     python scripts/benchmark.py loss [--json FILE]     GlobalContrastiveLoss, forward and backward
     python scripts/benchmark.py lars [--json FILE]     one LARS step on ResNet-50
+    python scripts/benchmark.py data --data DIR        two 224-pixel views of each image in DIR, by worker processes
 
 Each figure is the median over repeats in which the contestants take turns, since machines are noisy. Runs on the GPU if
 there is one, else on the CPU.
@@ -23,7 +24,10 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sogclr import InputError
+from sogclr.augment import Augment, pil_recipe
 from sogclr.flags import Parser, number
+from sogclr.loader import EpochSampler, TwoViews, open_data_set
 from sogclr.loss import GlobalContrastiveLoss
 from sogclr.optimizer import LARS
 
@@ -107,7 +111,7 @@ class DirectTranscription:
         return losses.mean()
 
 
-def benchmark_loss(repeats):
+def benchmark_loss(args):
     """GlobalContrastiveLoss against the direct transcription, N of ImageNet-1K, D = 128."""
     N, D, rows = 1_281_167, 128, []
     for B in (64, 256, 1024, 4096):
@@ -120,7 +124,7 @@ def benchmark_loss(repeats):
 
         losses = {"ours": GlobalContrastiveLoss(N).to(DEVICE), "direct": DirectTranscription(N)}
         contestants = {name: lambda criterion=criterion: step(criterion) for name, criterion in losses.items()}
-        ms = milliseconds(contestants, repeats if B <= 1024 else max(repeats // 6, 1))
+        ms = milliseconds(contestants, args.repeats if B <= 1024 else max(args.repeats // 6, 1))
         matrix = B * 2 * B * 4      # one [B, 2B] float32 matrix
         memory = {name: peak_bytes(function) / matrix for name, function in contestants.items()}
         rows.append({"B": B, "direct ms": ms["direct"], "ours ms": ms["ours"], "ratio": ms["direct"] / ms["ours"],
@@ -158,7 +162,7 @@ class OneByOne(torch.optim.Optimizer):
                 p.add_(state["mu"], alpha=-group["lr"])
 
 
-def benchmark_lars(repeats):
+def benchmark_lars(args):
     """One step on ResNet-50's parameters."""
     contestants, memory = {}, {}
     for name, kind in (("direct", OneByOne), ("ours", LARS)):
@@ -167,13 +171,61 @@ def benchmark_lars(repeats):
             p.grad = torch.randn_like(p)
         contestants[name] = kind(model.parameters(), lr=1e-3, weight_decay=1e-6).step
         memory[name] = peak_bytes(contestants[name]) / 2**20
-    ms = milliseconds(contestants, repeats)
+    ms = milliseconds(contestants, args.repeats)
     print("one step on ResNet-50 (25.6 M parameters); peak extra memory in MiB")
     return [{"direct ms": ms["direct"], "ours ms": ms["ours"], "ratio": ms["direct"] / ms["ours"],
              "direct MiB": memory["direct"], "ours MiB": memory["ours"]}]
 
 
-MODES = {"loss": benchmark_loss, "lars": benchmark_lars}
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+def pin_to_a_core(worker):
+    """Each worker process on a core of its own, so that one worker is one core's work."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[worker % len(cores)]})
+
+
+def as_made(batch):
+    return batch
+
+
+def benchmark_data(args):
+    """The PIL recipe in the workers, against two uint8 crops there and the colour on the device."""
+    if not args.data:
+        raise InputError("data: give a folder of images with --data DIR")
+    data = open_data_set("folder", args.data, "train", labels=False)
+    size, batch_size = data.image_size, min(16, len(data.images) // 4)
+    if not batch_size:
+        raise InputError(f"--data {args.data}: holds {len(data.images)} images, 4 are needed at least")
+    sampler = EpochSampler(len(data.images), batch_size, shuffle=True, drop_last=True)
+    pil = pil_recipe(size, 0.08, data.mean, data.std, data.blur)
+    loaders = {}
+    for name, recipe, workers in (("pil_1", pil, 1), ("ours_1", None, 1), ("ours_2", None, 2)):
+        loaders[name] = torch.utils.data.DataLoader(
+            TwoViews(data, 0, 0.08, Augment.num_draws, "skip", recipe), batch_sampler=sampler, collate_fn=as_made,
+            num_workers=workers, worker_init_fn=pin_to_a_core, persistent_workers=True)
+    rates = {name: [] for name in loaders}
+    for turn in range(max(args.repeats // 6, 1) + 1):       # one to warm up
+        for name, loader in loaders.items():
+            batches = iter(loader)
+            next(batches)
+            start = time.perf_counter()
+            pairs = sum(len(batch.content[2]) for batch in batches)     # all but the first
+            if turn:
+                rates[name].append(pairs / (time.perf_counter() - start))
+    figures = {name: statistics.median(values) for name, values in rates.items()}
+    stage = Augment(data.mean, data.std, data.blur).to(DEVICE)
+    crops = torch.randint(0, 256, (64, 3, size, size), dtype=torch.uint8, device=DEVICE)
+    view = crops, torch.rand(64, Augment.num_draws, device=DEVICE)
+    ms = milliseconds({"device": lambda: (stage(view), stage(view))}, max(args.repeats // 6, 1))["device"]
+    print(f"image pairs/s at {size} pixels: workers by recipe and number, and the colour on the device apart")
+    return [figures | {"ours_1 / pil_1": figures["ours_1"] / figures["pil_1"],
+                       "ours_2 / ours_1": figures["ours_2"] / figures["ours_1"], "device": 64 / ms * 1000}]
+
+
+MODES = {"loss": benchmark_loss, "lars": benchmark_lars, "data": benchmark_data}
 
 
 def main():
@@ -181,15 +233,20 @@ def main():
     parser.add_argument("mode", choices=tuple(MODES), help="what to measure")
     parser.add_argument("--repeats", default=30, type=number(int, "[1, inf)"), metavar="N",
                         help="repeats, fewer in the longest cases")
+    parser.add_argument("--data", metavar="DIR", help="for data: a folder of images")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
     hardware = torch.cuda.get_device_name() if DEVICE.type == "cuda" else \
         f"CPU ({platform.processor() or platform.machine()}), {torch.get_num_threads()} threads"
     print(f"{args.mode} on {hardware}, torch {torch.__version__}")
-    rows = MODES[args.mode](args.repeats)
+    try:
+        rows = MODES[args.mode](args)
+    except InputError as error:
+        parser.error(str(error))
     table(rows)
     if args.json:
-        report = {"mode": args.mode, "hardware": hardware, "torch": torch.__version__, "rows": rows}
+        report = {"mode": args.mode, "hardware": hardware, "torch": torch.__version__}
+        report |= rows[0] if len(rows) == 1 else {"rows": rows}
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -9,6 +9,8 @@ import math
 
 import torch
 import torch.nn as nn
+import torchvision.transforms as T
+from PIL import ImageFilter
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
 P_JITTER, P_GREY = 0.8, 0.2
@@ -32,26 +34,31 @@ class Augment(nn.Module):
     """Colour jitter, greyscale, blur and normalisation, called with a view as the loader makes it:
 
     (images, draws): uint8 [B, 3, H, W] crops, already flipped, and float32 [B, num_draws] uniform in [0, 1), on any
-    device. Returns float32 [B, 3, H, W], normalised, on the device of this module.
-    blur: whether to blur (the authors do not at 32 pixels).
+    device. Returns [B, 3, H, W], normalised, on the device of this module. Images that are float already come from
+    `pil_recipe` and are finished.
+    blur: whether to blur (the authors do not at 32 pixels); dtype, memory_format: of the result. The arithmetic is
+    float32.
     """
 
     num_draws = 11
 
-    def __init__(self, mean, std, blur):
+    def __init__(self, mean, std, blur, dtype=torch.float32, memory_format=torch.contiguous_format):
         super().__init__()
         self.normalize = Normalize(mean, std)
-        self.blur = blur
+        self.blur, self.dtype, self.memory_format = blur, dtype, memory_format
 
     @torch.no_grad()
     def forward(self, view):
         images, draws = (part.to(self.normalize.mean.device, non_blocking=True) for part in view)
+        if images.is_floating_point():
+            return images.to(self.dtype, memory_format=self.memory_format)
         images = images.float() / 255
         images = color_jitter(images, *jitter_parameters(draws[:, :9]))
         images = torch.lerp(images, luma(images), (draws[:, 9] < P_GREY).to(images)[:, None, None, None])
         if self.blur:
             images = gaussian_blur(images, SIGMA[0] + (SIGMA[1] - SIGMA[0]) * draws[:, 10])
-        return (images - self.normalize.mean) / self.normalize.std
+        images = (images - self.normalize.mean) / self.normalize.std
+        return images.to(self.dtype, memory_format=self.memory_format)
 
 
 def jitter_parameters(draws):
@@ -139,3 +146,24 @@ def _blur_matrix(size, sigma):
     source = (size - 1) - ((size - 1) - source).abs()                           # and at the last
     matrix = sigma.new_zeros(len(sigma), size, size)
     return matrix.scatter_add_(2, source.expand(len(sigma), -1, -1), kernel[:, None].expand(-1, size, -1))
+
+
+class _PILBlur:
+    """The authors' blur: Pillow's approximation of a Gaussian, of a sigma uniform in SIGMA."""
+
+    def __call__(self, image):
+        return image.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(*SIGMA))))
+
+
+def pil_recipe(size, crop_min, mean, std, blur):
+    """The authors' augmentation as they compose it, from torchvision's transforms of one image: the yardstick of the
+    batched one (`--augment pil`). PIL image -> float32 [3, size, size].
+    """
+    jitter = T.ColorJitter(BRIGHTNESS, CONTRAST, SATURATION, HUE)
+    return T.Compose([T.RandomResizedCrop(size, scale=(crop_min, 1.0)),
+                      T.RandomApply([jitter], p=P_JITTER),
+                      T.RandomGrayscale(p=P_GREY),
+                      *([_PILBlur()] if blur else []),
+                      T.RandomHorizontalFlip(),
+                      T.ToTensor(),
+                      T.Normalize(mean, std)])

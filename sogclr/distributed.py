@@ -123,8 +123,8 @@ def _spawned(i, main_worker, args, node, nodes, per_node, url):
 
 
 def _exit_with(error):
-    """One line a machine, and exit code 2. (All ranks find the same fault, and files differ between machines only.)"""
-    if local_rank() == 0:
+    """One line a machine, and exit code 2. (All ranks find most faults, and files differ between machines only.)"""
+    if local_rank() == 0 or error.by_one_rank:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -143,11 +143,9 @@ def _start(main_worker, args, rank=0, world=1, url=None):
         except (dist.DistError, ValueError, RuntimeError) as error:
             raise InputError(f"--dist-url {url}: no process group: {str(error).splitlines()[0]}") from error
     args.fresh_seed = broadcast_int(args.fresh_seed, device)
-    try:
-        main_worker(args, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    main_worker(args, device)
+    if dist.is_initialized():       # not after an error: other ranks may be waiting in a collective
+        dist.destroy_process_group()
 
 
 def set_seed(args, saved):

@@ -63,6 +63,9 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay):
     data.add_argument("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N",
                       help="data loading processes on this machine, shared by its ranks; at most one a core is started")
 
+    data.add_argument("--bad-images", default="stop", choices=("stop", "skip"),
+                      help="at a file that cannot be read: stop, or skip and report it (more than 1%% stop anyway)")
+
     model = parser.add_argument_group("model")
     model.add_argument("-a", "--arch", default="resnet50", choices=ARCHITECTURES, metavar="ARCH",
                        help="torchvision ResNet: " + " | ".join(ARCHITECTURES))

@@ -8,17 +8,19 @@ workers nor on the number of ranks.
 import dataclasses
 import math
 import os
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from sogclr import InputError
 from sogclr.distributed import barrier, local_rank, rank, ranks_here, world_size
+from sogclr.files import ImageFiles
 from sogclr.shapes import Shapes
 
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -63,13 +65,6 @@ def open_data_set(name, folder, split, image_size=None, labels=True):
     return ImageSet(images, image_size or native, *mean_std.get(name, IMAGENET_MEAN_STD))
 
 
-class _Unlabelled(torchvision.datasets.ImageFolder):
-    """Every image in a tree, in sorted order, whatever its folders are called. The label is 0."""
-
-    def find_classes(self, directory):
-        return ["."], {".": 0}
-
-
 def _image_folder(name, folder, split, labels):
     if not folder.is_dir():
         raise InputError(f"--data {folder}: no such folder, give the one that holds "
@@ -80,10 +75,9 @@ def _image_folder(name, folder, split, labels):
             raise InputError(f"--data {folder}: has no folder '{split}', it must hold {split}/<class>/<image files>")
         root = folder
     try:
-        return torchvision.datasets.ImageFolder(root) if labels else _Unlabelled(root)
-    except FileNotFoundError as error:
-        raise InputError(f"--data {root}: holds no images where they are needed: "
-                         f"{str(error).splitlines()[0].rstrip('. ')}") from error
+        return ImageFiles(root, labels)
+    except OSError as error:
+        raise InputError(f"--data {root}: cannot be listed: {error.strerror}") from error
 
 
 def _cifar(name, folder, split):
@@ -126,8 +120,9 @@ def crop_box(rng, width, height, scale):
 def random_crop(image, rng, size, scale):
     """uint8 [3, H, W] -> uint8 [3, size, size]: a random box, resized with antialiasing, mirrored half of the times."""
     left, top, width, height = crop_box(rng, image.shape[2], image.shape[1], scale)
-    box = image[:, top:top + height, left:left + width]
-    crop = F.interpolate(box[None], size=(size, size), mode="bilinear", antialias=True)[0]
+    # As a batch of one whose strides say channels_last, as PIL's pixels lie: so the fast kernel is taken.
+    box = image.permute(1, 2, 0)[None, top:top + height, left:left + width].permute(0, 3, 1, 2)
+    crop = F.interpolate(box, size=(size, size), mode="bilinear", antialias=True)[0]
     return crop.flip(2) if rng.random() < 0.5 else crop
 
 
@@ -139,30 +134,51 @@ def center_view(image, size):
     return pil_to_tensor(center_crop(resize(image, size if size <= 32 else size * 256 // 224), [size, size]))
 
 
-class _Batches(torch.utils.data.Dataset):
-    """Makes whole batches in a worker process, from a list of (epoch, index)."""
+class Batch(NamedTuple):
+    """What a worker hands over: the batch itself, and which images it could not read, as {index: one line}."""
 
-    def __init__(self, image_set, seed=0):
+    content: tuple
+    bad: dict
+
+
+class _Batches(torch.utils.data.Dataset):
+    """Makes whole batches in a worker process.
+
+    bad_images: "stop" at an image that cannot be read, or "skip" it.
+    """
+
+    def __init__(self, image_set, seed, bad_images):
         self.images, self.size, self.seed = image_set.images, image_set.image_size, seed
+        self.bad_images = bad_images
 
     def __len__(self):
         return len(self.images)
 
-    def __getitems__(self, keys):
-        """The batch; or, since an exception would lose its one line on the way, an InputError to be raised."""
+    def __getitems__(self, share):
+        """A `Batch`; or, since an exception would lose its one line on the way, the InputError to be raised."""
         try:
-            return self.batch(keys)
+            return self.make(*share)
         except InputError as error:
             return error
 
-    def load(self, index):
-        """(RGB image, label)."""
-        try:
-            image, label = self.images[index]
-            return image.convert("RGB"), label
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            path = self.images.samples[index][0] if hasattr(self.images, "samples") else f"image {index}"
-            raise InputError(f"{path}: not a readable image ({error}), remove or replace it") from error
+    def read(self, wanted, spare):
+        """The images [(index, RGB image, label)] of a share and the unreadable ones {index: one line}.
+
+        Where images are skipped, each is replaced by the next readable one of `spare`, under that one's own index:
+        an estimator must only see its own image.
+        """
+        good, bad, spare = [], {}, iter(spare)
+        for index in wanted:
+            while index is not None:
+                try:
+                    good.append((index, *self.images[index]))
+                    break
+                except InputError as error:
+                    if self.bad_images == "stop":
+                        raise
+                    bad[index] = str(error)
+                    index = next(spare, None)
+        return good, bad
 
     def generator(self, epoch, index):
         return np.random.default_rng((self.seed, _VIEWS, epoch, index))
@@ -171,43 +187,63 @@ class _Batches(torch.utils.data.Dataset):
 class TwoViews(_Batches):
     """Batches (view a, view b, index): each view (crops uint8 [B, 3, size, size], draws float32 [B, num_draws]).
 
-    num_draws: how many uniform random numbers the device stage wants for a view (`Augment.num_draws`).
+    num_draws: how many uniform random numbers the device stage wants for a view (`Augment.num_draws`);
+    recipe: None, or a torchvision transform that makes a whole view [3, size, size] of a PIL image here, in the worker:
+    then each view is (float32 [B, 3, size, size], [B, 0]).
     """
 
-    def __init__(self, image_set, seed, crop_min, num_draws):
-        super().__init__(image_set, seed)
-        self.scale, self.num_draws = (crop_min, 1.0), num_draws
+    def __init__(self, image_set, seed, crop_min, num_draws, bad_images="stop", recipe=None):
+        super().__init__(image_set, seed, bad_images)
+        self.scale, self.num_draws, self.recipe = (crop_min, 1.0), num_draws, recipe
 
-    def batch(self, keys):
-        crops = torch.empty(2, len(keys), self.size, self.size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
-        draws = np.empty((2, len(keys), self.num_draws), dtype=np.float32)
-        for row, (epoch, index) in enumerate(keys):
-            image = pil_to_tensor(self.load(index)[0])
+    def make(self, epoch, wanted, spare):
+        good, bad = self.read(wanted, spare)
+        if len(good) < len(wanted):
+            raise InputError(f"--bad-images skip: {len(bad)} unreadable images in one batch and its spare images, "
+                             f"such as {next(iter(bad.values()))}")
+        views = self.with_recipe(epoch, good) if self.recipe else self.with_crops(epoch, good)
+        return Batch((*views, torch.tensor([index for index, _, _ in good])), bad)
+
+    def with_crops(self, epoch, good):
+        crops = torch.empty(2, len(good), self.size, self.size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+        draws = np.empty((2, len(good), self.num_draws), dtype=np.float32)
+        for row, (index, image, _) in enumerate(good):
+            image = pil_to_tensor(image)
             rng = self.generator(epoch, index)
             for view in range(2):
                 crops[view, row] = random_crop(image, rng, self.size, self.scale)
                 draws[view, row] = rng.random(self.num_draws, dtype=np.float32)
-        draws = torch.from_numpy(draws)
-        return (crops[0], draws[0]), (crops[1], draws[1]), torch.tensor([index for _, index in keys])
+        return zip(crops, torch.from_numpy(draws), strict=True)
+
+    def with_recipe(self, epoch, good):
+        images = torch.empty(2, len(good), 3, self.size, self.size)
+        with torch.random.fork_rng(devices=[]):
+            for row, (index, image, _) in enumerate(good):
+                torch.manual_seed(int(self.generator(epoch, index).integers(2**63)))
+                for view in range(2):
+                    images[view, row] = self.recipe(image)
+        return zip(images, torch.empty(2, len(good), 0), strict=True)
 
 
 class Labelled(_Batches):
-    """Batches (crops uint8 [B, 3, size, size], labels [B]): random crops if `augment`, else the centre."""
+    """Batches (crops uint8 [B, 3, size, size], labels [B]): random crops if `augment`, else the centre.
 
-    def __init__(self, image_set, seed=0, augment=False):
-        super().__init__(image_set, seed)
+    For evaluation (`augment=False`) a skipped image is left out rather than replaced, so that none is counted twice.
+    """
+
+    def __init__(self, image_set, seed=0, augment=False, bad_images="stop"):
+        super().__init__(image_set, seed, bad_images)
         self.augment = augment
 
-    def batch(self, keys):
-        crops = torch.empty(len(keys), self.size, self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        labels = torch.empty(len(keys), dtype=torch.int64)
-        for row, (epoch, index) in enumerate(keys):
-            image, labels[row] = self.load(index)
+    def make(self, epoch, wanted, spare):
+        good, bad = self.read(wanted, spare if self.augment else ())
+        crops = torch.empty(len(good), self.size, self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        for row, (index, image, _) in enumerate(good):
             if self.augment:
                 crops[row] = random_crop(pil_to_tensor(image), self.generator(epoch, index), self.size, (0.08, 1.0))
             else:
                 crops[row] = center_view(image, self.size)
-        return crops, labels
+        return Batch((crops, torch.tensor([label for _, _, label in good], dtype=torch.int64)), bad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,16 +251,18 @@ class Labelled(_Batches):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class EpochSampler(torch.utils.data.Sampler):
-    """This rank's share of each global batch, as lists of (epoch, index).
+    """This rank's share of each global batch, as (epoch, indices, spare indices).
 
-    All ranks cut the same order, which depends on (seed, epoch) alone, so no image is seen twice in an epoch.
+    All ranks cut the same order, which depends on (seed, epoch) alone, so no image is seen twice in an epoch. The spare
+    ones, which replace unreadable images, are the rank's share of the next batch: no other rank has them now.
     drop_last: leave out the last incomplete global batch (other images each epoch, since the order changes).
+    Holds 8 bytes an image while an epoch runs.
     """
 
     def __init__(self, num_images, batch_size, seed=0, shuffle=False, drop_last=False):
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.shuffle, self.drop_last = shuffle, drop_last
-        self.epoch = 0
+        self.epoch = self.first_step = 0
 
     def __len__(self):
         """Global batches in an epoch."""
@@ -234,17 +272,28 @@ class EpochSampler(torch.utils.data.Sampler):
         order = np.arange(self.num_images)
         if self.shuffle:
             np.random.default_rng((self.seed, _ORDER, self.epoch, 0)).shuffle(order)
-        for step in range(len(self)):
+
+        def share(step):
             batch = order[step * self.batch_size:(step + 1) * self.batch_size]
-            yield [(self.epoch, int(index)) for index in np.array_split(batch, world_size())[rank()]]
+            return np.array_split(batch, world_size())[rank()].tolist()
+
+        for step in range(self.first_step, len(self)):
+            spare = share((step + 1) % len(self)) if len(self) > 1 else []
+            yield self.epoch, share(step), spare
 
 
 class Loader:
-    """Batches of a data set, made by worker processes. `loader.epoch(e)` iterates over epoch e."""
+    """Batches of a data set, made by worker processes and copied to the device ahead of their use.
+
+    `loader.epoch(e)` iterates over epoch e. Indices stay on the host, where they can be checked without waiting.
+    """
+
+    MOST_BAD = 0.01     # of a rank's images in an epoch; more stop the run although they are skipped
 
     def __init__(self, batches, sampler, workers, device):
         workers = workers_per_rank(workers)
-        self.sampler = sampler
+        self.sampler, self.device = sampler, device
+        self.reported = set()
         self.loader = torch.utils.data.DataLoader(
             batches, batch_sampler=sampler, collate_fn=_as_made, num_workers=workers, persistent_workers=workers > 0,
             pin_memory=device.type == "cuda")
@@ -252,12 +301,42 @@ class Loader:
     def __len__(self):
         return len(self.sampler)
 
-    def epoch(self, epoch):
-        self.sampler.epoch = epoch
+    def epoch(self, epoch, first_step=0):
+        """The batches from `first_step` on; those before it are neither read nor decoded."""
+        self.sampler.epoch, self.sampler.first_step = epoch, first_step
+        allowed = self.MOST_BAD * self.sampler.num_images / world_size()
+        bad_now, ahead = 0, None
         for batch in self.loader:
             if isinstance(batch, InputError):
+                batch.by_one_rank = True
                 raise batch
-            yield batch
+            bad_now += len(batch.bad)
+            self.report(batch.bad)
+            if bad_now > allowed:
+                error = InputError(f"--bad-images skip: {bad_now} unreadable images by now in epoch {epoch}, more than "
+                                   f"{self.MOST_BAD:.0%} of the data set, such as {next(iter(batch.bad.values()))}")
+                error.by_one_rank = True
+                raise error
+            if ahead is not None:
+                yield ahead
+            ahead = self.upload(batch.content)
+        if ahead is not None:
+            yield ahead
+
+    def upload(self, content):
+        """Start copying the images (and what is drawn for them) to the device; the last item stays on the host."""
+        def move(part):
+            if isinstance(part, tuple):
+                return tuple(map(move, part))
+            return part.to(self.device, non_blocking=True)
+        return *map(move, content[:-1]), content[-1]
+
+    def report(self, bad):
+        """Each unreadable file once, by the rank that met it."""
+        for index, line in bad.items():
+            if index not in self.reported:
+                self.reported.add(index)
+                print(f"=> skipped {line} ({len(self.reported)} skipped by rank {rank()})", file=sys.stderr, flush=True)
 
 
 def _as_made(batch):

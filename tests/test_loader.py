@@ -1,14 +1,20 @@
 """What is seen, in which order, and on what it depends."""
 
 import math
+import os
+import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 import torchvision.transforms as T
 from PIL import Image
 
 from sogclr import InputError, loader
+from sogclr.augment import Augment, pil_recipe
+from sogclr.files import ImageFiles
 from sogclr.loader import EpochSampler, Labelled, Loader, TwoViews, center_view, crop_box, open_data_set, random_crop
 
 CPU = torch.device("cpu")
@@ -71,14 +77,14 @@ def test_epoch_is_split_without_overlap(images, batch, world, monkeypatch):
             monkeypatch.setattr(loader, "rank", lambda rank=rank: rank)
             sampler = EpochSampler(images, batch, seed=3, shuffle=True, drop_last=True)
             sampler.epoch = epoch
-            shares.append(list(sampler))
-        return [[key for share in shares for key in share[step]] for step in range(len(shares[0]))]
+            shares.append([indices for _, indices, _ in sampler])
+        return [[index for share in shares for index in share[step]] for step in range(len(shares[0]))]
 
     alone, together = epochs(1, 0), epochs(world, 0)
     assert alone == together
-    seen = [index for step in together for _, index in step]
+    seen = [index for step in together for index in step]
     assert len(seen) == len(set(seen)) == images // batch * batch
-    following = [index for step in epochs(world, 1) for _, index in step]
+    following = [index for step in epochs(world, 1) for index in step]
     assert following != seen
     assert images % batch == 0 or set(following) != set(seen)
 
@@ -89,7 +95,7 @@ def test_evaluation_sees_each_image_once(monkeypatch):
     for rank in range(4):
         monkeypatch.setattr(loader, "world_size", lambda: 4)
         monkeypatch.setattr(loader, "rank", lambda rank=rank: rank)
-        seen += [index for share in EpochSampler(103, 10) for _, index in share]
+        seen += [index for _, indices, _ in EpochSampler(103, 10) for index in indices]
     assert sorted(seen) == list(range(103))
 
 
@@ -151,8 +157,44 @@ def test_folder_takes_any_tree(imagenet, tmp_path):
     flat = imagenet / "train" / "n01440764"
     assert len(open_data_set("folder", flat, "train", labels=False).images) == 8
     assert len(open_data_set("folder", imagenet / "val", "train", labels=False).images) == 9
-    names = [path for path, _ in open_data_set("folder", imagenet, "train", labels=False).images.samples]
-    assert names == sorted(names)
+
+
+def test_files_are_those_of_torchvision(imagenet, tmp_path):
+    """Files, labels and their order must be ImageFolder's, on a tree with nested folders, links and odd names."""
+    for name in ("b/x.PNG", "b/a-b/1.jpg", "b/a/1.jpg", "b/a/0.JPEG", "b/note.txt", "a/é ü.jpeg", "a/x.jpg/inner.png",
+                 "c/z.webp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "c" / "link").symlink_to(imagenet / "val")
+    (tmp_path / "c" / "broken.jpg").symlink_to("nowhere")
+    theirs = torchvision.datasets.ImageFolder(tmp_path)
+    ours = ImageFiles(tmp_path, labels=True)
+    assert [(os.fsdecode(ours.path(i)), int(ours.targets[i])) for i in range(len(ours))] == theirs.samples
+    assert ours.classes == theirs.classes
+
+
+def test_list_of_files_is_compact(imagenet):
+    """Only arrays may grow with the number of files, by one byte a character and 12 an image: no Python object a file,
+    whose reference count would make every worker copy its page.
+    """
+    files = ImageFiles(imagenet / "train", labels=True)
+    arrays = {name: value for name, value in vars(files).items() if isinstance(value, np.ndarray)}
+    assert {name: value.dtype.itemsize for name, value in arrays.items()} == {"names": 1, "ends": 8, "targets": 4}
+    assert [len(value) for name, value in vars(files).items() if name not in {*arrays, "root"}] == [3]     # classes
+
+
+def test_epoch_restarts_at_any_step(data, monkeypatch):
+    """From step k on the batches must be those of the whole epoch, and what was before must not be read."""
+    whole = epoch_of(data, 1, 0)
+    read = []
+    original = ImageFiles.__getitem__
+    monkeypatch.setattr(ImageFiles, "__getitem__", lambda self, i: read.append(i) or original(self, i))
+    sampler = EpochSampler(24, 6, 1, shuffle=True, drop_last=True)
+    rest = list(Loader(TwoViews(data, 1, 0.08, 11), sampler, 0, CPU).epoch(0, first_step=3))
+    assert len(rest) == 1
+    assert torch.equal(rest[0][2], whole[3][2])
+    assert torch.equal(rest[0][0][0], whole[3][0][0])
+    assert sorted(read) == sorted(whole[3][2].tolist())
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -165,16 +207,141 @@ def test_shapes_are_the_same_everywhere(split):
     assert one[0][0].tobytes() != other[0][0].tobytes()
 
 
-def test_unreadable_image_is_named(imagenet, tmp_path):
-    """A broken file must end the epoch with one line that names it, from worker processes too."""
-    broken = tmp_path / "train" / "class" / "b.jpg"
-    broken.parent.mkdir(parents=True)
-    good = imagenet / "train" / "n01440764" / "n01440764_0.JPEG"
-    for name in "acdef":
-        (broken.parent / f"{name}.jpg").write_bytes(good.read_bytes())
-    broken.write_text("not an image")
-    data = open_data_set("folder", tmp_path, "train", image_size=24, labels=False)
-    for workers in (0, 1):
-        with pytest.raises(InputError, match=r"b\.jpg: not a readable image") as caught:
-            epoch_of(data, 0, 0, workers=workers)
+def put(folder, name, image, **options):
+    image.save(folder / name, **options)
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    """A folder of everything that is an image, as `good`, and everything that only looks like one, as `bad`."""
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.mkdir()
+    bad.mkdir()
+    put(good, "grey.jpg", rgb.convert("L"))
+    put(good, "palette.png", rgb.convert("P"))
+    put(good, "transparent.png", rgb.convert("P"), transparency=bytes(range(256)))
+    put(good, "rgba.png", rgb.convert("RGBA"))
+    put(good, "cmyk.jpg", rgb.convert("CMYK"))
+    put(good, "one_bit.png", rgb.convert("1"))
+    put(good, "deep.png", Image.fromarray(rng.integers(0, 65536, (40, 50), dtype=np.uint16)))
+    put(good, "one_wide.png", rgb.resize((1, 300)))
+    put(good, "one_high.png", rgb.resize((300, 1)))
+    put(good, "one_pixel.png", rgb.resize((1, 1)))
+    put(good, "animated.webp", rgb, save_all=True, append_images=[rgb.rotate(90)])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    put(good, "rotated.jpg", rgb, exif=exif)
+    put(good, "png_inside.JPEG", rgb, format="PNG")
+    put(good, os.fsdecode(b"latin\xe9.jpg"), rgb)
+    (bad / "empty.jpg").write_bytes(b"")
+    (bad / "text.jpg").write_text("hello")
+    (bad / "broken_link.png").symlink_to("nowhere")
+    for kind in ("jpg", "png", "webp"):
+        put(bad, f"whole.{kind}", rgb)
+        content = (bad / f"whole.{kind}").read_bytes()
+        (bad / f"whole.{kind}").unlink()
+        (bad / f"truncated.{kind}").write_bytes(content[:len(content) // 2])
+    header = bytearray((good / "rgba.png").read_bytes())
+    header[16:24] = (60000).to_bytes(4, "big") * 2              # a decompression bomb: 3.6 gigapixels
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    (bad / "bomb.png").write_bytes(header)
+    (bad / "folder.jpg").mkdir()                                # not a file: not listed
+    return good, bad
+
+
+def test_every_kind_of_image_is_read_as_torchvision_does(zoo):
+    """Grey, palette, alpha, CMYK, 16 bit, 1 pixel wide, animated, EXIF-rotated, misnamed, oddly named: torchvision's
+    pixels, and views of the right size.
+    """
+    files = ImageFiles(zoo[0], labels=False)
+    assert len(files) == 14
+    for i in range(len(files)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)        # Pillow's, of the palette that we read in two steps
+            expected = torchvision.datasets.folder.pil_loader(os.fsdecode(files.path(i)))
+        assert files[i][0].tobytes() == expected.tobytes(), files.path(i)
+        crop = random_crop(T.functional.pil_to_tensor(files[i][0]), np.random.default_rng(i), 24, (0.08, 1.0))
+        assert crop.shape == center_view(files[i][0], 24).shape == (3, 24, 24)
+
+
+def test_every_kind_of_bad_file_is_one_line(zoo):
+    """Zero bytes, text, truncated, a bomb, a broken link: an InputError of one line that names the file."""
+    files = ImageFiles(zoo[1], labels=False)
+    assert len(files) == 7
+    for i in range(len(files)):
+        with pytest.raises(InputError, match="not a readable image") as caught:
+            files[i]
+        assert str(caught.value).startswith(os.fsdecode(files.path(i)) + ": ")
         assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def mostly_good(imagenet, tmp_path):
+    """300 images, of which number 7 and 8 are broken, as a data set."""
+    content = (imagenet / "train" / "n01440764" / "n01440764_0.JPEG").read_bytes()
+    for i in range(300):
+        (tmp_path / f"{i:03d}.jpg").write_bytes(b"broken" if i in (7, 8) else content)
+    return open_data_set("folder", tmp_path, "train", image_size=24, labels=False)
+
+
+def read_epoch(data, workers, bad_images, epoch=0):
+    sampler = EpochSampler(len(data.images), 30, 0, shuffle=True, drop_last=True)
+    return list(Loader(TwoViews(data, 0, 0.08, 11, bad_images), sampler, workers, CPU).epoch(epoch))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_stops_the_run(mostly_good, workers):
+    """By default one line must name the file, from worker processes too."""
+    with pytest.raises(InputError, match=r"00[78]\.jpg: not a readable image") as caught:
+        read_epoch(mostly_good, workers, "stop")
+    assert "\n" not in str(caught.value)
+    assert caught.value.by_one_rank
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_is_replaced_under_the_others_own_index(mostly_good, workers, capfd):
+    """With skip each batch must stay full and without duplicates, each index with its own image's views, and each bad
+    file be reported once.
+    """
+    batches = read_epoch(mostly_good, workers, "skip")
+    assert [len(index) for _, _, index in batches] == [30] * 10
+    for _, _, index in batches:
+        assert len(index.unique()) == 30
+        assert not {7, 8} & set(index.tolist())
+    views = by_image(batches)
+    alone = TwoViews(mostly_good, 0, 0.08, 11).make(0, [12], []).content
+    assert torch.equal(views[12][0], alone[0][0][0])
+    error = capfd.readouterr().err
+    assert error.count("007.jpg: not a readable image") == error.count("008.jpg: not a readable image") == 1
+
+
+def test_more_than_a_percent_of_bad_images_stops_all_the_same(mostly_good, imagenet, tmp_path):
+    """Four of 300 are too many: the run must stop although it skips."""
+    for i in (100, 200):
+        (tmp_path / f"{i:03d}.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match="more than 1% of the data set"):
+        read_epoch(mostly_good, 0, "skip")
+
+
+def test_bad_validation_image_is_left_out(mostly_good):
+    """With skip, evaluation must see each good image exactly once."""
+    sampler = EpochSampler(300, 30)
+    batches = list(Loader(Labelled(mostly_good, bad_images="skip"), sampler, 0, CPU).epoch(0))
+    assert sum(len(images) for images, _ in batches) == 298
+
+
+def test_pil_recipe_has_the_same_views_in_kind(imagenet):
+    """`--augment pil` must give finished views, reproducible, with the pixel statistics of the batched recipe."""
+    data = open_data_set("imagenet1000", imagenet, "train", image_size=40)
+    stage = Augment(data.mean, data.std, blur=True)
+    recipe = pil_recipe(40, 0.08, data.mean, data.std, blur=True)
+    moments = []
+    for kind in (None, recipe):
+        views = TwoViews(data, 0, 0.08, Augment.num_draws, recipe=kind)
+        pixels = torch.cat([stage(views.make(epoch, list(range(24)), []).content[0]) for epoch in range(20)])
+        moments.append(torch.stack([pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)), pixels.diff(dim=3).std((0, 2, 3))]))
+        again = stage(views.make(0, list(range(24)), []).content[0])
+        assert torch.equal(pixels[:24], again)
+    assert (moments[0] - moments[1]).abs().max() < 0.08

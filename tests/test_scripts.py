@@ -152,7 +152,8 @@ def test_same_command_finds_its_run(imagenet, tmp_path):
 EFFECTIVE = ["--lr 0.3", "--learning-rate-scaling linear", "--momentum 0.1", "--wd 0.5", "--warmup-epochs 1",
              "--crop-min 0.9", "--t 0.3", "--gamma 0.2", "--gamma-schedule cosine --gamma-decay-epochs 4",
              "--gamma-schedule cosine --gamma-decay-epochs 9", "--batch-size 6", "--start-epoch 1", "--seed 2",
-             "--precision bf16", "--image-size 40", "--epochs 4", "--optimizer adamw", "--loss_type cl"]
+             "--precision bf16", "--image-size 40", "--epochs 4", "--optimizer adamw", "--loss_type cl",
+             "--augment pil"]
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +343,18 @@ def test_batch_that_ranks_cannot_share_is_refused(imagenet, tmp_path):
                launcher=torchrun)
     assert done.returncode != 0
     assert done.stderr.count("--batch-size 9: 2 processes cannot share it equally") == 1
+
+
+def test_unreadable_image_ends_every_rank(imagenet, tmp_path):
+    """A broken file in one rank's share must end both ranks at once, with the line that names it."""
+    for k in range(8):
+        source = imagenet / "train" / "n01440764" / f"n01440764_{k}.JPEG"
+        (tmp_path / f"{k}.jpg").write_bytes(source.read_bytes() if k != 3 else b"broken")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = run("train.py", "--data_name", "folder", "--data", tmp_path, *TINY, "--save_dir", tmp_path / "saved",
+               ok=False, launcher=torchrun)
+    assert done.returncode != 0
+    assert f"train.py: error: {tmp_path}/3.jpg: not a readable image" in done.stderr
 
 
 def test_imagenet100_is_linked(tmp_path):
