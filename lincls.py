@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from sogclr import InputError, checkpoint
 from sogclr.augment import Normalize
 from sogclr.builder import choose_stem, encoder_state, load_encoder, resnet
-from sogclr.distributed import all_reduce_sum, device_names, launch, log, rank, set_seed, world_size
+from sogclr.distributed import all_reduce_sum, device_names, launch, log, rank, require_same, set_seed, world_size
 from sogclr.flags import Parser, add_shared_flags, non_defaults, resolve_precision
 from sogclr.loader import EpochSampler, Labelled, Loader, open_data_set
 from sogclr.meters import AverageMeter, Progress, correct_in_top
@@ -51,18 +51,22 @@ def run_folder(args):
 def main_worker(args, device):
     if args.evaluate and not args.resume:
         raise InputError("-e/--evaluate: needs the classifier to evaluate, give its checkpoint with --resume")
+    if args.start_epoch is not None and args.start_epoch >= args.epochs:
+        raise InputError(f"--start-epoch {args.start_epoch}: must be below --epochs {args.epochs}")
     train_data = open_data_set(args.data_name, args.data, "train", args.image_size)
     val_data = open_data_set(args.data_name, args.data, "val", args.image_size)
     classes = train_data.images.classes
     if classes != val_data.images.classes:
-        raise InputError(f"--data {args.data}: train and val hold different classes "
+        raise InputError(f"--data {args.data or 'data/' + args.data_name}: train and val hold different classes "
                          f"({len(classes)} and {len(val_data.images.classes)}), make them the same folders")
-    pretrained = read_encoder(args) if args.pretrained else None
 
     # The run's folder, and the checkpoint to continue from, whose seed goes on unless another is given.
     folder = run_folder(args)
     resume = args.resume if args.evaluate and args.resume != "auto" else checkpoint.open_run(folder, args.resume)
+    if args.evaluate and not resume:
+        raise InputError(f"-e/--evaluate: {folder} holds no run yet, give a checkpoint with --resume PATH")
     saved = checkpoint.load(resume, "--resume") if resume else {}
+    source, pretrained = read_encoder(args, resume, saved)
     seed = set_seed(args, saved)
     train_sampler = EpochSampler(len(train_data.images), args.batch_size, seed, shuffle=True)
     train_crops = Labelled(train_data, seed, augment=True, bad_images=args.bad_images)
@@ -76,14 +80,14 @@ def main_worker(args, device):
     if pretrained:
         stem = "cifar" if pretrained["conv1.weight"].shape[-1] == 3 else "imagenet"
         if args.stem not in ("auto", stem):
-            raise InputError(f"--stem {args.stem}: {args.pretrained} has the {stem} stem, leave the flag out")
+            raise InputError(f"--stem {args.stem}: {source} has the {stem} stem, leave the flag out")
     encoder = resnet(args.arch, stem)
     classifier = nn.Linear(encoder.fc.in_features, len(classes))
     nn.init.normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)
     encoder.fc = nn.Identity()
     if pretrained:
-        load_encoder(encoder, pretrained, args.pretrained)
+        load_encoder(encoder, pretrained, source)
     encoder.requires_grad_(False).eval().to(device)     # BatchNorm too: its running statistics belong to the encoder
     classifier.to(device)
     if device.type == "cuda":
@@ -94,10 +98,11 @@ def main_worker(args, device):
     peak_lr = args.lr * args.batch_size / 256
     precision, dtype = resolve_precision(args.precision, device)
 
-    start_epoch, best = restore(saved, resume, args, encoder, classifier, optimizer) if resume else (0, (0.0, -1))
+    start_epoch, best = restore(saved, resume, args, classifier, optimizer) if resume else (0, (0.0, -1))
     if args.start_epoch is not None:
         start_epoch = args.start_epoch
-    log(f"=> linear evaluation of {args.pretrained or 'a random encoder'} ({args.arch}, {stem} stem, {precision}), "
+    require_same(start_epoch, "--resume: the first epoch, --save_dir must be one folder for all machines", device)
+    log(f"=> linear evaluation of {source or 'a random encoder'} ({args.arch}, {stem} stem, {precision}), "
         f"on {device_names(device)}")
     log(f"=> {args.data_name}: {len(train_data.images)} training and {len(val_data.images)} validation images of "
         f"{train_data.image_size} pixels, {len(classes)} classes, seed {seed}, run folder {folder}")
@@ -179,27 +184,41 @@ def main_worker(args, device):
         writer.close()
 
 
-def read_encoder(args):
-    """The encoder's tensors in the file that --pretrained names."""
-    saved = checkpoint.load(args.pretrained, "--pretrained")
-    if saved.get("arch", args.arch) != args.arch:
-        raise InputError(f"--pretrained {args.pretrained}: was made with --arch {saved['arch']}, not {args.arch}")
-    return encoder_state(saved, f"--pretrained {args.pretrained}")
+def read_encoder(args, resume, saved):
+    """Where the frozen encoder comes from, and its tensors: --pretrained, else the checkpoint that is resumed (`saved`,
+    read from the path `resume`), else nowhere ("", None): it is random.
+    """
+    source, given = f"--pretrained {args.pretrained}", saved
+    if args.pretrained:
+        given = checkpoint.load(args.pretrained, "--pretrained")
+    elif resume:
+        source = f"--resume {resume}"
+        if not args.evaluate and saved.get("settings", {}).get("pretrained"):
+            raise InputError(f"{source}: was made with --pretrained {saved['settings']['pretrained']}, give that too")
+    else:
+        return "", None
+    if given.get("arch", args.arch) != args.arch:
+        raise InputError(f"{source}: was made with --arch {given['arch']}, not {args.arch}")
+    state = encoder_state(given, source)
+    if args.pretrained and resume:
+        other = encoder_state(saved, f"--resume {resume}")
+        if state.keys() != other.keys() or not all(torch.equal(state[key], other[key]) for key in state):
+            raise InputError(f"--resume {resume}: evaluates another encoder than --pretrained {args.pretrained}")
+    return source, state
 
 
-def restore(saved, path, args, encoder, classifier, optimizer):
-    """Put a checkpoint of this script back, and return the epoch to start with and (best Acc@1, its epoch)."""
+def restore(saved, path, args, classifier, optimizer):
+    """Put the classifier's state back, and return the epoch to start with and (best Acc@1, its epoch)."""
     checkpoint.require(saved, path, "--resume", ("epoch", "arch", "state_dict", "optimizer", "best_acc1", "best_epoch"))
-    if saved["arch"] != args.arch:
-        raise InputError(f"--resume {path}: was made with --arch {saved['arch']}, not {args.arch}")
     state = checkpoint.without_module(saved["state_dict"])
-    head = {name: state.pop(f"fc.{name}", torch.empty(0)) for name in ("weight", "bias")}
+    head = {name: state.get(f"fc.{name}", torch.empty(0)) for name in ("weight", "bias")}
     if head["weight"].shape != classifier.weight.shape:
         raise InputError(f"--resume {path}: has {len(head['bias'])} classes, "
                          f"but this data set has {classifier.out_features}")
-    load_encoder(encoder, state, f"--resume {path}")
     classifier.load_state_dict(head)
     optimizer.load_state_dict(saved["optimizer"])
+    for group in optimizer.param_groups:        # flags given now are followed
+        group.update(momentum=args.momentum, weight_decay=args.weight_decay)
     log(f"=> resumed {path} (epoch {saved['epoch']})")
     return saved["epoch"], (saved["best_acc1"], saved["best_epoch"])
 

@@ -5,12 +5,13 @@ One machine, all its GPUs, the paper's ImageNet-1K recipe (the defaults):
     python train.py --data DIR
 
 One GPU, or none, on images that the program draws:
-    python train.py --data_name shapes --arch resnet18 --epochs 40 --gpu 0
+    python train.py --data_name shapes --arch resnet18 --stem imagenet --epochs 40
 
 Two machines of 8 GPUs:
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --data DIR
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from sogclr import InputError, checkpoint
 from sogclr.augment import Augment, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, resnet
-from sogclr.distributed import data_parallel, device_names, launch, log, rank, set_seed, world_size
+from sogclr.distributed import data_parallel, device_names, launch, log, rank, require_same, set_seed, world_size
 from sogclr.flags import Parser, add_shared_flags, non_defaults, number, resolve_precision
 from sogclr.loader import EpochSampler, Loader, TwoViews, open_data_set
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, gamma_at
@@ -53,7 +54,7 @@ def build_parser():
     method.add_argument("--gamma-schedule", default="constant", choices=("constant", "cosine"),
                         help="cosine lowers gamma from 1 to --gamma over --gamma-decay-epochs, then keeps it")
     method.add_argument("--gamma-decay-epochs", type=number(int, "[1, inf)"), metavar="N",
-                        help="length of the cosine schedule of gamma (default: half of --epochs)")
+                        help="length of --gamma-schedule cosine (default: half of --epochs)")
     method.add_argument("--crop-min", default=0.08, type=number(float, "(0, 1]"), metavar="SHARE",
                         help="smallest share of an image's area that a crop takes")
     method.add_argument("--augment", default="batched", choices=("batched", "pil"),
@@ -74,6 +75,8 @@ def run_name(args):
 
 def main_worker(args, device):
     ranks = world_size()
+    if args.start_epoch is not None and args.start_epoch >= args.epochs:
+        raise InputError(f"--start-epoch {args.start_epoch}: must be below --epochs {args.epochs}")
     if args.batch_size % ranks or args.batch_size < 2 * ranks:
         raise InputError(f"--batch-size {args.batch_size}: {ranks} process{'es' * (ranks > 1)} cannot share it equally "
                          f"with at least 2 images each, take a multiple of {ranks} from {2 * ranks} on")
@@ -121,6 +124,7 @@ def main_worker(args, device):
     start_epoch = restore(saved, resume, args, model, criterion, optimizer, scaler) if resume else 0
     if args.start_epoch is not None:
         start_epoch = args.start_epoch
+    require_same(start_epoch, "--resume: the first epoch, --save_dir must be one folder for all machines", device)
     writer = SummaryWriter(folder) if rank() == 0 else None
 
     log(f"=> {METHODS[args.loss_type]} on {args.data_name}: {num_images} images of {data.image_size} pixels, "
@@ -157,15 +161,14 @@ def main_worker(args, device):
                 diagnostics = criterion.diagnostics()
                 gcl.update(diagnostics["gcl"])
                 log(progress.line(step, [losses, gcl, f"LR {lr:.4g}"]))
-                if not torch.isfinite(loss):
-                    raise InputError(f"--lr {args.lr:g}: the loss is {loss.item()} in epoch {epoch}, step {step}; "
-                                     "try a smaller --lr, a longer --warmup-epochs or --precision fp32")
+                check_finite(losses, epoch, step, args)
                 if writer:
                     scalars = {"loss": losses.value, **diagnostics, "learning rate": lr,
                                "images per second": progress.images_per_second}
                     for name, value in scalars.items():
                         writer.add_scalar(name, float(value), epoch * len(loader) + step)
 
+        check_finite(losses, epoch, len(loader) - 1, args)      # before it can be saved
         if rank() == 0:
             state = {"epoch": epoch + 1, "arch": args.arch, "state_dict": checkpoint.with_module(model.state_dict()),
                      "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
@@ -180,6 +183,14 @@ def main_worker(args, device):
     log(f"=> done: {folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
 
 
+def check_finite(losses, epoch, step, args):
+    """Raise InputError, on all ranks alike, if a loss of this epoch was infinite or not a number."""
+    if not math.isfinite(losses.average):
+        raise InputError(f"--lr {args.lr:g}: the loss became {losses.average} in epoch {epoch} by step {step}; try a "
+                         "smaller --lr, a longer --warmup-epochs or --precision fp32, and --resume auto to go on from "
+                         "the last checkpoint")
+
+
 def restore(saved, path, args, model, criterion, optimizer, scaler):
     """Put a checkpoint back into everything that training changes, and return the epoch to start with.
 
@@ -188,6 +199,10 @@ def restore(saved, path, args, model, criterion, optimizer, scaler):
     checkpoint.require(saved, path, "--resume", ("epoch", "arch", "state_dict", "optimizer", "scaler"))
     if saved["arch"] != args.arch:
         raise InputError(f"--resume {path}: was made with --arch {saved['arch']}, not {args.arch}")
+    for name in ("loss_type", "optimizer"):     # the authors' files do not say
+        made_with, asked = saved.get("settings", {}).get(name), getattr(args, name)
+        if made_with not in (None, asked):
+            raise InputError(f"--resume {path}: was made with --{name} {made_with}, not {asked}")
     if args.loss_type == "dcl":
         checkpoint.require(saved, path, "--resume", ("u",))
         if saved["u"].numel() != len(criterion.log_u):
@@ -203,6 +218,10 @@ def restore(saved, path, args, model, criterion, optimizer, scaler):
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"--resume {path}: was made with another model or optimizer: "
                          + " ".join(str(error).split())[:200]) from error
+    for group in optimizer.param_groups:        # flags given now are followed
+        group["weight_decay"] = args.weight_decay
+        if "momentum" in group:
+            group["momentum"] = args.momentum
     if saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     log(f"=> resumed {path} (epoch {saved['epoch']})")

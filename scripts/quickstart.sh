@@ -5,6 +5,7 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}       # one GPU is plenty, none is fine
 seed=${SEED:-1}
 out=quickstart/seed_$seed
 common=(--data_name shapes --arch resnet18 --stem imagenet --seed "$seed" --save_dir "$out" --resume auto)

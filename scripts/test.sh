@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv (or takes PYTHON=...), then lints and tests the project. Arguments go to pytest.
 set -euo pipefail
-source "$(dirname "$0")/environment.sh" pytest ruff
+EXTRA_PACKAGES="pytest ruff"
+source "$(dirname "$0")/environment.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m pytest "$@"

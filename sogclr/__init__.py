@@ -9,7 +9,4 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one line that names the flag or the file and the cure.
 
     The scripts print it without a traceback and exit with code 2; library users may catch it.
-    by_one_rank: whether only this rank met it, so that it must speak up although it is not the first.
     """
-
-    by_one_rank = False

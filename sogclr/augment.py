@@ -49,6 +49,10 @@ class Augment(nn.Module):
 
     @torch.no_grad()
     def forward(self, view):
+        with torch.autocast(self.normalize.mean.device.type, enabled=False):
+            return self.augmented(view)
+
+    def augmented(self, view):
         images, draws = (part.to(self.normalize.mean.device, non_blocking=True) for part in view)
         if images.is_floating_point():
             return images.to(self.dtype, memory_format=self.memory_format)

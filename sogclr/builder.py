@@ -1,5 +1,6 @@
 """The SimCLR model: a torchvision ResNet with a projection head; and how to take its encoder out of a checkpoint."""
 
+import torch
 import torch.nn as nn
 import torchvision
 
@@ -69,6 +70,8 @@ def encoder_state(checkpoint, source):
     Raises InputError where there is no ResNet in it.
     """
     state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{source}: holds no state_dict of tensors")
     for prefix in ENCODER_PREFIXES:
         if prefix + "conv1.weight" in state:
             return {key[len(prefix):]: value for key, value in state.items()

@@ -34,6 +34,11 @@ def ranks_here():
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def gpu_count():
+    """The GPUs that torch can use: none where the driver does not fit, although the machine may show some."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def device_names(device):
     """What this run computes on, for people: `4 x NVIDIA H200`."""
     name = "CPU, this will be slow" if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -64,7 +69,7 @@ def launch(main_worker, args):
     try:
         _check(args)
         args.fresh_seed = secrets.randbits(32)
-        gpus = torch.cuda.device_count()
+        gpus = gpu_count()
         several_gpus = gpus > 1 and args.gpu is None and args.world_size <= 1
         if dist.is_torchelastic_launched():
             _start(main_worker, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://")
@@ -81,12 +86,14 @@ def launch(main_worker, args):
     except InputError as error:
         _exit_with(error)
     except mp.ProcessExitedException as error:
-        sys.exit(error.exit_code)   # that process has printed why
+        if error.exit_code != 2:    # else that process has said why: it was an InputError
+            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2 if error.exit_code == 2 else 1)
 
 
 def _check(args):
     """Refuse flags that contradict each other or this machine, before anything is started."""
-    gpus = torch.cuda.device_count()
+    gpus = gpu_count()
     given = args.multiprocessing_distributed or args.world_size > 1 or args.rank > 0
     if args.gpu is not None and args.gpu >= gpus:
         raise InputError(f"--gpu {args.gpu}: this machine shows {gpus} GPU{'' if gpus == 1 else 's'}, "
@@ -101,6 +108,8 @@ def _check(args):
                              "torchrun sets these, leave them out")
         if gpus and ranks_here() > gpus:
             raise InputError(f"torchrun --nproc-per-node {ranks_here()}: this machine shows {gpus} GPUs")
+    if args.world_size == 0:
+        raise InputError("--world-size 0: must be at least 1, or left out")
     if args.rank >= max(args.world_size, 1):
         raise InputError(f"--rank {args.rank}: must be below --world-size {max(args.world_size, 1)}")
     if args.world_size > 1 and (args.rank < 0 or not args.dist_url):
@@ -123,26 +132,41 @@ def _spawned(i, main_worker, args, node, nodes, per_node, url):
 
 
 def _exit_with(error):
-    """One line a machine, and exit code 2. (All ranks find most faults, and files differ between machines only.)"""
-    if local_rank() == 0 or error.by_one_rank:
+    """One line and exit code 2. Of several ranks the first to fail speaks: the others may have met the same fault, or
+    none, or may be stopped by the launcher before they can.
+    """
+    if _is_first_to_fail():
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(2)     # an orderly exit could wait for collectives that the other ranks will never join
     sys.exit(2)
+
+
+def _is_first_to_fail():
+    if not dist.is_initialized():
+        return local_rank() == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:        # the store went with the rank that kept it, so that one was first
+        return False
 
 
 def _start(main_worker, args, rank=0, world=1, url=None):
     """Choose the device, join the process group if there is one, and run `main_worker(args, device)`."""
     device = torch.device("cpu")
-    if torch.cuda.is_available():
-        index = args.gpu if args.gpu is not None else local_rank() % torch.cuda.device_count()
+    if gpu_count():
+        index = args.gpu if args.gpu is not None else int(os.environ.get("LOCAL_RANK", rank)) % gpu_count()
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if url is not None:
         backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
         try:
-            dist.init_process_group(backend, init_method=url, world_size=world, rank=rank)
-        except (dist.DistError, ValueError, RuntimeError) as error:
+            dist.init_process_group(backend, init_method=url, world_size=world, rank=rank,
+                                    device_id=device if backend == "nccl" else None)
+            args.fresh_seed = broadcast_int(args.fresh_seed, device)
+        except (ValueError, RuntimeError) as error:
             raise InputError(f"--dist-url {url}: no process group: {str(error).splitlines()[0]}") from error
-    args.fresh_seed = broadcast_int(args.fresh_seed, device)
     main_worker(args, device)
     if dist.is_initialized():       # not after an error: other ranks may be waiting in a collective
         dist.destroy_process_group()
@@ -186,6 +210,13 @@ def broadcast_int(value, device):
     box = torch.tensor([value], dtype=torch.int64, device=device)
     dist.broadcast(box, src=0)
     return int(box.item())
+
+
+def require_same(value, what, device):
+    """Raise InputError on a rank whose integer differs from rank 0's."""
+    first = broadcast_int(value, device)
+    if value != first:
+        raise InputError(f"{what}: rank 0 has {first}, but rank {rank()} has {value}")
 
 
 def barrier():

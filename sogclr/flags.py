@@ -61,7 +61,8 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay):
     data.add_argument("--image-size", type=number(int, "[8, inf)"), metavar="PIXELS",
                       help="side of the square crop (default: 224; 32 for cifar10, cifar100 and shapes)")
     data.add_argument("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N",
-                      help="data loading processes on this machine, shared by its ranks; at most one a core is started")
+                      help="data loading processes on this machine, shared by its ranks: at most one a core, but one a "
+                           "rank if not 0")
 
     data.add_argument("--bad-images", default="stop", choices=("stop", "skip"),
                       help="at a file that cannot be read: stop, or skip and report it (more than 1%% stop anyway)")
@@ -82,7 +83,7 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay):
                        help="images in a global batch, over all GPUs of all machines")
     optim.add_argument("--lr", "--learning-rate", dest="lr", default=lr, type=number(float, "(0, inf)"), metavar="LR",
                        help="base learning rate")
-    optim.add_argument("--momentum", default=0.9, type=number(float, "[0, 1)"), metavar="M", help="momentum")
+    optim.add_argument("--momentum", default=0.9, type=number(float, "[0, 1)"), metavar="M", help="of LARS and SGD")
     optim.add_argument("--wd", "--weight-decay", dest="weight_decay", default=weight_decay,
                        type=number(float, "[0, inf)"), metavar="W", help="weight decay")
     optim.add_argument("--precision", choices=("bf16", "fp16", "fp32"),
@@ -105,14 +106,14 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay):
     devices.add_argument("--gpu", type=number(int, "[0, inf)"), metavar="N", help="use this GPU alone")
     devices.add_argument("--multiprocessing-distributed", action="store_true",
                          help="start one process for each GPU of this machine")
-    devices.add_argument("--world-size", default=-1, type=int, metavar="N",
+    devices.add_argument("--world-size", default=-1, type=number(int, "[-1, inf)"), metavar="N",
                          help="machines with --multiprocessing-distributed, else processes; -1 is one")
-    devices.add_argument("--rank", default=-1, type=int, metavar="N",
+    devices.add_argument("--rank", default=-1, type=number(int, "[-1, inf)"), metavar="N",
                          help="this machine's (or process's) number, from 0; -1 is 0")
     devices.add_argument("--dist-url", metavar="URL",
-                         help="where the processes meet, as tcp://HOST:PORT or env:// (default: a free local port)")
+                         help="where several processes meet, as tcp://HOST:PORT or env:// (default: a free local port)")
     devices.add_argument("--dist-backend", choices=("nccl", "gloo"),
-                         help="communication (default: nccl on GPUs, gloo on the CPU)")
+                         help="communication of several processes (default: nccl on GPUs, gloo on the CPU)")
     return {"data": data, "model": model, "optimization": optim, "run": run, "devices": devices}
 
 
@@ -125,5 +126,7 @@ def non_defaults(parser, args, names):
 def resolve_precision(precision, device):
     """`--precision` (None for this device's default) -> "bf16", "fp16" or "fp32", and its torch dtype."""
     if precision is None:
-        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        precision = "fp32"
+        if device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return precision, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]

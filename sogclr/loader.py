@@ -82,17 +82,18 @@ def _image_folder(name, folder, split, labels):
 
 def _cifar(name, folder, split):
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    problem = "the download did not complete"
+    if local_rank() == 0:
+        try:
+            kind(folder, download=True)     # does nothing where the files are there and whole
+        except (OSError, RuntimeError) as error:
+            problem = error
+    barrier()
     try:
         return kind(folder, train=split == "train")
-    except RuntimeError:    # not there, or damaged
-        try:
-            if local_rank() == 0:
-                kind(folder, download=True)
-            barrier()
-            return kind(folder, train=split == "train")
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"--data {folder}: no {name} there and it cannot be downloaded ({error}); "
-                             "put the extracted archive into that folder") from error
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"--data {folder}: no {name} there and it cannot be downloaded ({problem}); "
+                         "put the extracted archive into that folder") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,8 +296,8 @@ class Loader:
         self.sampler, self.device = sampler, device
         self.reported = set()
         self.loader = torch.utils.data.DataLoader(
-            batches, batch_sampler=sampler, collate_fn=_as_made, num_workers=workers, persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda")
+            batches, batch_sampler=sampler, collate_fn=_as_made, num_workers=workers, pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0 and sampler.shuffle)     # evaluation's workers end with it
 
     def __len__(self):
         return len(self.sampler)
@@ -308,15 +309,12 @@ class Loader:
         bad_now, ahead = 0, None
         for batch in self.loader:
             if isinstance(batch, InputError):
-                batch.by_one_rank = True
                 raise batch
             bad_now += len(batch.bad)
             self.report(batch.bad)
             if bad_now > allowed:
-                error = InputError(f"--bad-images skip: {bad_now} unreadable images by now in epoch {epoch}, more than "
-                                   f"{self.MOST_BAD:.0%} of the data set, such as {next(iter(batch.bad.values()))}")
-                error.by_one_rank = True
-                raise error
+                raise InputError(f"--bad-images skip: {bad_now} unreadable images by now in epoch {epoch}, more than "
+                                 f"{self.MOST_BAD:.0%} of the data set, such as {next(iter(batch.bad.values()))}")
             if ahead is not None:
                 yield ahead
             ahead = self.upload(batch.content)
@@ -326,7 +324,7 @@ class Loader:
     def upload(self, content):
         """Start copying the images (and what is drawn for them) to the device; the last item stays on the host."""
         def move(part):
-            if isinstance(part, tuple):
+            if isinstance(part, (tuple, list)):     # pinning makes lists of tuples in some releases of torch
                 return tuple(map(move, part))
             return part.to(self.device, non_blocking=True)
         return *map(move, content[:-1]), content[-1]

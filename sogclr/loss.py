@@ -32,9 +32,9 @@ _BLOCK = {"cpu": 2**20, "cuda": 2**25}
 def _outside_autocast(forward):
     """The loss is computed in float32 or better, also where the caller forgot to leave autocast."""
     @functools.wraps(forward)
-    def wrapped(self, z1, z2, index=None):
+    def wrapped(self, z1, *args):
         with torch.autocast(z1.device.type, enabled=False):
-            return forward(self, z1, z2, index)
+            return forward(self, z1, *args)
     return wrapped
 
 
@@ -74,8 +74,8 @@ class GlobalContrastiveLoss(nn.Module):
         so that DDP's average over the ranks is the gradient of one process with all B images. Updates `u` of the batch.
 
         Its value is a surrogate with the right gradient and may be negative: watch `diagnostics()["gcl"]`.
-        An index on the CPU is checked (range, duplicates); one on a GPU is not, since that would stall the device.
-        Raises ValueError.
+        Raises ValueError. An index on the CPU is checked for range and duplicates; one on a GPU is not, since that
+        would stall the device, nor are duplicates on two GPUs (`EpochSampler` shows no image twice).
         """
         anchors = _views(z1, z2)                                                # [2b, D] views a, then views b
         b = len(anchors) // 2

@@ -76,6 +76,19 @@ def test_batch_equals_one_by_one():
     assert (together - alone).abs().max() < 1e-5
 
 
+def test_autocast_does_not_touch_the_pixels():
+    """The arithmetic must be float32 also where the caller is inside autocast, and `dtype` that of the result."""
+    crops = torch.randint(0, 256, (B, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    draws = uniform(B, Augment.num_draws)
+    mean_std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    outside = Augment(*mean_std, blur=True)((crops, draws))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Augment(*mean_std, blur=True)((crops, draws)), outside)
+        half = Augment(*mean_std, True, torch.bfloat16, torch.channels_last)((crops, draws))
+    assert torch.equal(half, outside.bfloat16())
+    assert half.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_normalisation_is_that_of_the_data_set():
     """With draws that change nothing the result must be (x / 255 - mean) / std."""
     crops = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +33,18 @@ LINEAR = """--dist-url 'tcp://localhost:10001' --multiprocessing-distributed --w
 SCHEDULE = {"epochs", "batch_size", "lr", "weight_decay", "momentum", "arch", "data_name", "workers"}
 
 
-def run(script, *args, ok=True, launcher=(sys.executable,), cwd=ROOT, threads="1"):
+@pytest.fixture(autouse=True, scope="module")
+def no_gpu():
+    """The same tests on every machine; what only a GPU shows is in test_gpu.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        yield
+
+
+def run(script, *args, ok=True, launcher=(sys.executable,), cwd=ROOT):
     """The script's output, line by line. Warnings in it are errors here too."""
-    env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "error"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launcher, str(ROOT / script), *map(str, args)], cwd=cwd, env=env, text=True,
                           capture_output=True, timeout=300)
     if ok:
@@ -48,6 +58,7 @@ def call(module, *args):
     args = module.PARSER.parse_args(list(map(str, args)))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
         patch.setattr(sys, "argv", [module.__name__])
+        patch.setattr(os, "fsync", lambda _: None)      # the disk is not what is tested here
         module.launch(module.main_worker, args)
     return output.getvalue().splitlines()
 
@@ -83,12 +94,16 @@ def test_the_authors_commands_are_the_defaults():
 
 @pytest.mark.parametrize("script", ["train.py", "lincls.py"])
 def test_help_states_the_true_defaults(script):
-    """Each default in --help must be the parser's, and every flag with a value must state one."""
-    text = " ".join(" ".join(run(script, "--help")).split())
+    """Each flag's help must state the parser's default, or say in words what is done without the flag."""
+    text = "".join("".join(run(script, "--help")).split())
     parser = {"train.py": train, "lincls.py": lincls}[script].PARSER
     for action in parser._actions:
-        if action.default not in (None, False, "", "==SUPPRESS=="):
-            assert re.search(rf"{action.option_strings[0]}\b.*?\(default: {re.escape(str(action.default))}\)", text)
+        states = parser._get_formatter()._expand_help(action)
+        assert "".join(states.split()) in text
+        if action.default is None:
+            assert "(default: " in states or action.dest == "gpu", action.dest
+        elif action.default not in (False, "", "==SUPPRESS=="):
+            assert states.endswith(f"(default: {action.default})") or f"; {action.default} is" in states, action.dest
 
 
 def test_pretraining_writes_what_others_read(pretrained):
@@ -174,6 +189,39 @@ def test_every_flag_has_an_effect(flags, weights):
     assert not any(torch.equal(weights(flags), weights(other)) for other in ("", *EFFECTIVE) if other != flags)
 
 
+def test_print_freq(imagenet, tmp_path):
+    """A line for step 0 and for every N-th step after it."""
+    lines = call(train, "--data", imagenet, *TINY, "--print-freq", 2, "--epochs", 1, "--save_dir", tmp_path)
+    assert re.findall(r"\[0\]\[(\d)/3\]", "\n".join(lines)) == ["0", "2"]
+
+
+@pytest.mark.parametrize(("flags", "error"), [("--wd 0.5", None), ("--momentum 0.1", None),
+                                              ("--loss_type cl", "--loss_type dcl, not cl"),
+                                              ("--optimizer adamw", "--optimizer lars, not adamw")])
+def test_flags_at_a_resume(flags, error, pretrained, imagenet, tmp_path, capsys):
+    """A new weight decay or momentum must be followed; another loss or optimizer must be refused."""
+    first = newest(pretrained[1], "checkpoint_0000.pth.tar")
+    command = ["--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path, "--resume", first, *flags.split()]
+    if error:
+        with pytest.raises(SystemExit):
+            call(train, *command)
+        assert error in capsys.readouterr().err
+    else:
+        call(train, *command)
+        group = load(tmp_path)["optimizer"]["param_groups"][0]
+        assert group[{"--wd": "weight_decay", "--momentum": "momentum"}[flags.split()[0]]] == float(flags.split()[1])
+
+
+def test_spoiled_weights_are_not_saved(imagenet, tmp_path, monkeypatch, capsys):
+    """A loss that becomes NaN between two printed steps must end the run before the epoch's checkpoint."""
+    monkeypatch.setattr(train, "lr_at", lambda epoch, *_: float("nan") if epoch > 1 else 0.1)
+    with pytest.raises(SystemExit):
+        call(train, "--data", imagenet, *TINY, "--print-freq", 1000, "--epochs", 3, "--save_dir", tmp_path)
+    assert "the loss became nan in epoch 1" in capsys.readouterr().err
+    assert load(tmp_path)["epoch"] == 1
+    assert all(value.isfinite().all() for value in load(tmp_path)["state_dict"].values())
+
+
 @pytest.mark.parametrize("flags", ["--lr 0.5", "--momentum 0.1", "--wd 0.5", "--batch-size 6", "--seed 2",
                                    "--start-epoch 1", "--epochs 4", "--precision bf16", "--image-size 40"])
 def test_every_flag_of_lincls_has_an_effect(flags, imagenet, tmp_path):
@@ -203,6 +251,22 @@ def test_flags_reach_the_model(imagenet, tmp_path, flags, changes):
             (32, 512), (32, 32), (16, 32)]
 
 
+def test_two_processes_started_by_hand(imagenet, tmp_path):
+    """--world-size, --rank and --dist-url must make two processes one run, without torchrun."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        url = f"tcp://localhost:{probe.getsockname()[1]}"
+    command = [sys.executable, ROOT / "train.py", "--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path,
+               "--world-size", 2, "--dist-url", url, "--dist-backend", "gloo", "--rank"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    both = [subprocess.Popen([str(part) for part in (*command, rank)], env=env, text=True, stdout=subprocess.PIPE)
+            for rank in (0, 1)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(losses(outputs[0].splitlines())) == 3
+    assert outputs[1] == ""
+
+
 @pytest.mark.parametrize("script", ["train.py", "lincls.py"])
 def test_torchrun_with_two_processes(script, pretrained, imagenet, tmp_path):
     """Two processes must share the batch and print one log; train.py resumes bit-equal, and lincls.py, whose features
@@ -230,7 +294,7 @@ def test_torchrun_with_two_processes(script, pretrained, imagenet, tmp_path):
         assert len([line for line in two if line.startswith(" * ")]) == 2
 
 
-def test_linear_evaluation(pretrained, imagenet, tmp_path, monkeypatch):
+def test_linear_evaluation(pretrained, imagenet, tmp_path, monkeypatch, capsys):
     """lincls must train, save, and evaluate what it saved, from a bare file name too."""
     source = newest(pretrained[1], "checkpoint_0001.pth.tar")
     os.symlink(source, tmp_path / "checkpoint_0001.pth.tar")
@@ -250,6 +314,12 @@ def test_linear_evaluation(pretrained, imagenet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evaluated = call(lincls, *command, "--epochs", 3, "-e", "--resume", last)[-1]
     assert evaluated.split("Acc@1")[1] in scores[-1]
+    # the checkpoint alone will do, and another encoder will not
+    assert call(lincls, "--data", imagenet, *TINY[:4], "-e", "--resume", last)[-1] == evaluated
+    other = newest(pretrained[1], "checkpoint_0000.pth.tar")
+    with pytest.raises(SystemExit):
+        call(lincls, *command, "--pretrained", other, "--resume", last)
+    assert "evaluates another encoder" in capsys.readouterr().err
 
 
 def test_resumed_linear_evaluation_equals_uninterrupted(imagenet, tmp_path, monkeypatch):
@@ -290,6 +360,10 @@ BAD = [
     ("lincls.py", ["--pretrained", "missing.pth"], "--pretrained missing.pth: no such file"),
     ("lincls.py", ["--pretrained", "TEXT"], "TEXT: not a checkpoint"),
     ("lincls.py", ["-e"], "--evaluate: needs"),
+    ("lincls.py", ["-e", "--resume", "auto"], "--evaluate: "),
+    ("lincls.py", ["--start-epoch", "90"], "--start-epoch 90: must be below --epochs 1"),
+    ("train.py", ["--start-epoch", "900"], "--start-epoch 900: must be below --epochs 1"),
+    ("train.py", ["--world-size", "0"], "--world-size 0: must be at least 1"),
     ("train.py", ["--arch", "resnet19"], "--arch: invalid choice"),
     ("train.py", ["--batch-size", "25"], "--batch-size 25: the data set holds only 24"),
     ("train.py", ["--batch-size", "1"], "--batch-size 1: "),
