@@ -13,7 +13,7 @@ class LARS(torch.optim.Optimizer):
     Then mu = momentum * mu + d and p -= lr * mu.
 
     params: iterable of parameters or of groups; state: `mu`, a tensor like its parameter.
-    All parameters of a group are updated together by torch's `_foreach` operations, and nothing waits for the device.
+    Parameters are updated together by torch's `_foreach` operations, and nothing waits for the device.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, trust_coefficient=0.001):
@@ -27,15 +27,14 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            matrices = [p for p in group["params"] if p.grad is not None and p.ndim > 1]
-            vectors = [p for p in group["params"] if p.grad is not None and p.ndim <= 1]
-            if matrices:
+            params = [p for p in group["params"] if p.grad is not None]
+            for matrices in _in_portions([p for p in params if p.ndim > 1]):
                 updates = torch._foreach_add(_grads(matrices), matrices, alpha=group["weight_decay"])
                 ratio = _trust_ratio(matrices, updates, group["trust_coefficient"])
                 mus = self._decayed_mus(matrices, group["momentum"])
                 torch._foreach_addcmul_(mus, updates, _like(matrices, ratio))
                 torch._foreach_add_(matrices, mus, alpha=-group["lr"])
-            if vectors:
+            for vectors in _in_portions([p for p in params if p.ndim <= 1]):
                 mus = self._decayed_mus(vectors, group["momentum"])
                 torch._foreach_add_(mus, _grads(vectors))
                 torch._foreach_add_(vectors, mus, alpha=-group["lr"])
@@ -49,6 +48,19 @@ class LARS(torch.optim.Optimizer):
         mus = [self.state[p]["mu"] for p in params]
         torch._foreach_mul_(mus, momentum)
         return mus
+
+
+def _in_portions(params, cpu_elements=2**20):
+    """On a GPU all parameters at once, so that few kernels are launched; on a CPU what fits its cache, at least one."""
+    portion, elements = [], 0
+    for p in params:
+        portion.append(p)
+        elements += p.numel()
+        if elements >= cpu_elements and not p.is_cuda:
+            yield portion
+            portion, elements = [], 0
+    if portion:
+        yield portion
 
 
 def _grads(params):
