@@ -102,8 +102,8 @@ def main_worker(args, device):
     if args.start_epoch is not None:
         start_epoch = args.start_epoch
     require_same(start_epoch, "--resume: the first epoch, --save_dir must be one folder for all machines", device)
-    log(f"=> linear evaluation of {args.pretrained or resume or 'a random encoder'} ({args.arch}, {stem} stem, {precision}), "
-        f"on {device_names(device)}")
+    log(f"=> linear evaluation of {args.pretrained or resume or 'a random encoder'} "
+        f"({args.arch}, {stem} stem, {precision}), on {device_names(device)}")
     log(f"=> {args.data_name}: {len(train_data.images)} training and {len(val_data.images)} validation images of "
         f"{train_data.image_size} pixels, {len(classes)} classes, seed {seed}, run folder {folder}")
 
