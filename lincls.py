@@ -60,13 +60,19 @@ def main_worker(args, device):
         raise InputError(f"--data {args.data or 'data/' + args.data_name}: train and val hold different classes "
                          f"({len(classes)} and {len(val_data.images.classes)}), make them the same folders")
 
+    source, pretrained = f"--pretrained {args.pretrained}", None
+    if args.pretrained:
+        pretrained = read_encoder(checkpoint.load(args.pretrained, "--pretrained"), source, args)
+
     # The run's folder, and the checkpoint to continue from, whose seed goes on unless another is given.
     folder = run_folder(args)
     resume = args.resume if args.evaluate and args.resume != "auto" else checkpoint.open_run(folder, args.resume)
     if args.evaluate and not resume:
         raise InputError(f"-e/--evaluate: {folder} holds no run yet, give a checkpoint with --resume PATH")
     saved = checkpoint.load(resume, "--resume") if resume else {}
-    source, pretrained = read_encoder(args, resume, saved)
+    if saved:
+        source = f"--resume {resume}"
+        pretrained = same_encoder(read_encoder(saved, source, args), pretrained, saved, source, args)
     seed = set_seed(args, saved)
     train_sampler = EpochSampler(len(train_data.images), args.batch_size, seed, shuffle=True)
     train_crops = Labelled(train_data, seed, augment=True, bad_images=args.bad_images)
@@ -105,7 +111,8 @@ def main_worker(args, device):
     log(f"=> linear evaluation of {args.pretrained or resume or 'a random encoder'} "
         f"({args.arch}, {stem} stem, {precision}), on {device_names(device)}")
     log(f"=> {args.data_name}: {len(train_data.images)} training and {len(val_data.images)} validation images of "
-        f"{train_data.image_size} pixels, {len(classes)} classes, seed {seed}, run folder {folder}")
+        f"{train_data.image_size} pixels, {len(classes)} classes, seed {seed}"
+        + ("" if args.evaluate else f", run folder {folder}"))
 
     @torch.inference_mode()
     def features(images):
@@ -184,27 +191,22 @@ def main_worker(args, device):
         writer.close()
 
 
-def read_encoder(args, resume, saved):
-    """Where the frozen encoder comes from, and its tensors: --pretrained, else the checkpoint that is resumed (`saved`,
-    read from the path `resume`), else nowhere ("", None): it is random.
-    """
-    source, given = f"--pretrained {args.pretrained}", saved
-    if args.pretrained:
-        given = checkpoint.load(args.pretrained, "--pretrained")
-    elif resume:
-        source = f"--resume {resume}"
-        if not args.evaluate and saved.get("settings", {}).get("pretrained"):
-            raise InputError(f"{source}: was made with --pretrained {saved['settings']['pretrained']}, give that too")
-    else:
-        return "", None
-    if given.get("arch", args.arch) != args.arch:
-        raise InputError(f"{source}: was made with --arch {given['arch']}, not {args.arch}")
-    state = encoder_state(given, source)
-    if args.pretrained and resume:
-        other = encoder_state(saved, f"--resume {resume}")
-        if state.keys() != other.keys() or not all(torch.equal(state[key], other[key]) for key in state):
-            raise InputError(f"--resume {resume}: evaluates another encoder than --pretrained {args.pretrained}")
-    return source, state
+def read_encoder(saved, source, args):
+    """The encoder's tensors in a checkpoint. source: the flag and the file that it was read from, for the message."""
+    if saved.get("arch", args.arch) != args.arch:
+        raise InputError(f"{source}: was made with --arch {saved['arch']}, not {args.arch}")
+    return encoder_state(saved, source)
+
+
+def same_encoder(resumed, pretrained, saved, source, args):
+    """The encoder of a resumed checkpoint, which must be that of --pretrained (None where that was not given)."""
+    made_with = saved.get("settings", {}).get("pretrained")
+    if pretrained is None and made_with and not args.evaluate:
+        raise InputError(f"{source}: was made with --pretrained {made_with}, give that too")
+    if pretrained is not None and (resumed.keys() != pretrained.keys() or not all(
+            torch.equal(resumed[key], pretrained[key]) for key in resumed)):
+        raise InputError(f"{source}: evaluates another encoder than --pretrained {args.pretrained}")
+    return resumed
 
 
 def restore(saved, path, args, classifier, optimizer):
@@ -219,7 +221,7 @@ def restore(saved, path, args, classifier, optimizer):
     optimizer.load_state_dict(saved["optimizer"])
     for group in optimizer.param_groups:        # flags given now are followed
         group.update(momentum=args.momentum, weight_decay=args.weight_decay)
-    log(f"=> resumed {path} (epoch {saved['epoch']})")
+    log(f"=> resumed {path} after {saved['epoch']} epochs")
     return saved["epoch"], (saved["best_acc1"], saved["best_epoch"])
 
 

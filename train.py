@@ -28,6 +28,10 @@ from sogclr.meters import AverageMeter, Progress
 from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
 
 METHODS = {"dcl": "sogclr", "cl": "simclr"}
+# What may change at a resume, but not without a word.
+METHOD_FLAGS = ("batch_size", "epochs", "lr", "learning_rate_scaling", "momentum", "weight_decay", "warmup_epochs", "t",
+                "gamma", "gamma_schedule", "gamma_decay_epochs", "crop_min", "augment", "image_size", "precision",
+                "seed")
 
 
 def build_parser():
@@ -38,7 +42,8 @@ def build_parser():
                        help="peak learning rate: sqrt is lr * sqrt(B), linear is lr * B / 256")
     optim.add_argument("--warmup-epochs", default=10, type=number(int, "[0, inf)"), metavar="N",
                        help="epochs in which the learning rate rises from 0")
-    optim.add_argument("--optimizer", default="lars", choices=("lars", "adamw"), help="optimizer")
+    optim.add_argument("--optimizer", default="lars", choices=("lars", "adamw"),
+                       help="optimizer; the default --lr is meant for lars, adamw wants a far smaller one")
     model.add_argument("--dim", default=128, type=number(int, "[1, inf)"), help="size of a projection")
     model.add_argument("--mlp-dim", default=2048, type=number(int, "[1, inf)"),
                        help="width of the projection head's hidden layers")
@@ -134,6 +139,12 @@ def main_worker(args, device):
     log(f"=> global batch {args.batch_size} ({args.batch_size // ranks} a rank), "
         f"peak learning rate {peak_lr:g}, run folder {folder}")
 
+    if start_epoch >= args.epochs:
+        log(f"=> nothing to do: {resume} has all {args.epochs} epochs")
+        return
+    if args.warmup_epochs >= args.epochs:
+        log(f"=> the warm-up ({args.warmup_epochs} epochs) is as long as the run: the peak is not reached")
+
     net = data_parallel(model, device)
     for epoch in range(start_epoch, args.epochs):
         net.train()
@@ -224,7 +235,11 @@ def restore(saved, path, args, model, criterion, optimizer, scaler):
             group["momentum"] = args.momentum
     if saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
-    log(f"=> resumed {path} (epoch {saved['epoch']})")
+    log(f"=> resumed {path} after {saved['epoch']} epochs")
+    for name in METHOD_FLAGS:
+        before, now = saved.get("settings", {}).get(name, getattr(args, name)), getattr(args, name)
+        if before != now:
+            log(f"=> changed since that checkpoint: {name} {before} -> {now}")
     return saved["epoch"]
 
 

@@ -85,6 +85,10 @@ def launch(main_worker, args):
             _start(main_worker, args)
     except InputError as error:
         _exit_with(error)
+    except KeyboardInterrupt:
+        print("=> interrupted; --resume auto with the same command continues after the last whole epoch",
+              file=sys.stderr)
+        sys.exit(130)
     except mp.ProcessExitedException as error:
         if error.exit_code != 2:    # else that process has said why: it was an InputError
             print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)

@@ -15,7 +15,8 @@ class _Help(argparse.HelpFormatter):
     """Appends the true default to every help text that has one and does not state it in words."""
 
     def _get_help_string(self, action):
-        silent = action.default in (None, False, argparse.SUPPRESS) or "(default" in action.help
+        silent = action.default is None or action.default is False or action.default in ("", argparse.SUPPRESS) \
+            or "(default" in action.help
         return action.help if silent else f"{action.help} (default: %(default)s)"
 
 
@@ -59,7 +60,8 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay):
                       help="which data set: ImageNet in DIR/train and DIR/val, CIFAR (downloaded when missing), "
                            "'folder' for any tree of images, 'shapes' drawn by the program itself")
     data.add_argument("--image-size", type=number(int, "[8, inf)"), metavar="PIXELS",
-                      help="side of the square crop (default: 224; 32 for cifar10, cifar100 and shapes)")
+                      help="side of the square crop, the same in train.py and lincls.py "
+                           "(default: 224; 32 for cifar10, cifar100 and shapes)")
     data.add_argument("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N",
                       help="data loading processes on this machine, shared by its ranks: at most one a core, but one a "
                            "rank if not 0")
@@ -82,8 +84,9 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay):
     optim.add_argument("-b", "--batch-size", default=batch_size, type=number(int, "[1, inf)"), metavar="N",
                        help="images in a global batch, over all GPUs of all machines")
     optim.add_argument("--lr", "--learning-rate", dest="lr", default=lr, type=number(float, "(0, inf)"), metavar="LR",
-                       help="base learning rate")
-    optim.add_argument("--momentum", default=0.9, type=number(float, "[0, 1)"), metavar="M", help="of LARS and SGD")
+                       help="base learning rate: lincls.py multiplies it by B / 256, train.py as it is told")
+    optim.add_argument("--momentum", default=0.9, type=number(float, "[0, 1)"), metavar="M",
+                       help="of LARS (train.py) or SGD (lincls.py)")
     optim.add_argument("--wd", "--weight-decay", dest="weight_decay", default=weight_decay,
                        type=number(float, "[0, inf)"), metavar="W", help="weight decay")
     optim.add_argument("--precision", choices=("bf16", "fp16", "fp32"),

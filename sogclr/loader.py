@@ -68,11 +68,12 @@ def open_data_set(name, folder, split, image_size=None, labels=True):
 def _image_folder(name, folder, split, labels):
     if not folder.is_dir():
         raise InputError(f"--data {folder}: no such folder, give the one that holds "
-                         + ("your images" if name == "folder" else "train/<class>/*.JPEG and val/<class>/*.JPEG"))
+                         + ("train/<class>/ and val/<class>/" if labels else "your images"))
     root = folder / split
     if not root.is_dir():
         if name != "folder" or labels:
-            raise InputError(f"--data {folder}: has no folder '{split}', it must hold {split}/<class>/<image files>")
+            raise InputError(f"--data {folder}: has no folder '{split}', it must hold {split}/<class>/<image files> "
+                             "(to pretrain on images without classes give --data_name folder)")
         root = folder
     try:
         return ImageFiles(root, labels)
