@@ -198,21 +198,24 @@ class _Scores:
 
     def __init__(self, anchors, keys, temperature, exclude_positive, first=None, reuse=None):
         b, B = len(anchors) // 2, len(keys) // 2
-        first = rank() * b if first is None else first
-        image = torch.arange(first, first + b, device=anchors.device)
-        self.itself = torch.cat([image, image + B])                             # [2b] the anchors among the keys
-        excluded = torch.stack([self.itself, (self.itself + B) % (2 * B)], dim=1)[:, :1 + exclude_positive]
+        fits = reuse is not None and reuse.matrix.shape == (2 * b, 2 * B) and (
+            reuse.matrix.dtype, reuse.matrix.device) == (anchors.dtype, anchors.device)
+        if fits:
+            self.matrix, self.itself, self.excluded = reuse.matrix, reuse.itself, reuse.excluded
+        else:
+            first = rank() * b if first is None else first
+            image = torch.arange(first, first + b, device=anchors.device)
+            self.matrix = anchors.new_empty(2 * b, 2 * B)
+            self.itself = torch.cat([image, image + B])                         # [2b] the anchors among the keys
+            self.excluded = torch.stack([self.itself, (self.itself + B) % (2 * B)], dim=1)[:, :1 + exclude_positive]
         # Since |s| <= 1, all scores fit float32 when they are divided by exp(1/tau), unless tau is small. Then s / tau
         # itself is kept, and exp is taken when each row's scale is known.
         self.small_tau = 2 / temperature > 60
         self.shift = 0.0 if self.small_tau else 1 / temperature
         self.keys, self.log_sum = keys, anchors.new_empty(2 * b)
-        fits = reuse is not None and reuse.matrix.shape == (2 * b, 2 * B) and (
-            reuse.matrix.dtype, reuse.matrix.device) == (anchors.dtype, anchors.device)
-        self.matrix = reuse.matrix if fits else anchors.new_empty(2 * b, 2 * B)
         for rows in self._blocks():
             block = self.matrix[rows].fill_(-self.shift).addmm_(anchors[rows], keys.T, alpha=1 / temperature)
-            block.scatter_(1, excluded[rows], -math.inf)
+            block.scatter_(1, self.excluded[rows], -math.inf)
             if self.small_tau:
                 self.log_sum[rows] = block.logsumexp(1)
             else:
