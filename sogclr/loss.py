@@ -17,6 +17,7 @@ gradients at all.
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,7 +27,7 @@ from sogclr.distributed import all_gather, all_reduce_sum, rank, world_size
 
 # Scores are computed a block of anchors at a time: the block (elements, not bytes) fits a CPU's cache, and on a GPU it
 # is large enough to be a single block at the usual batch sizes.
-_BLOCK = {"cpu": 2**20, "cuda": 2**25}
+_BLOCK = {"cpu": 3 * 2**18, "cuda": 2**25}
 
 
 def _outside_autocast(forward):
@@ -77,12 +78,13 @@ class GlobalContrastiveLoss(nn.Module):
         Raises ValueError. An index on the CPU is checked for range and duplicates; one on a GPU is not, since that
         would stall the device, nor are duplicates on two GPUs (`EpochSampler` shows no image twice).
         """
-        anchors = _views(z1, z2)                                                # [2b, D] views a, then views b
-        b = len(anchors) // 2
+        z = _views(z1, z2)                                                      # [2b, D] views a, then views b
+        b = len(z) // 2
         _check_index(index, b, len(self.log_u))
         index = index.to(self.log_u.device, non_blocking=True)
 
         with torch.no_grad():
+            anchors, norm = _unit_rows(z)
             keys = _all_views(anchors)                                          # [2B, D]
             log_count = math.log(len(keys) - 2)                                 # of the 2(B-1) negatives
             scores = self.scores = _Scores(anchors, keys, self.temperature, exclude_positive=True, reuse=self.scores)
@@ -100,11 +102,10 @@ class GlobalContrastiveLoss(nn.Module):
             self.last_batch = keys, log_U
 
             # sum_j (w_ij + w_ji) z_j / (2(B-1)), with w_ij = exp(s_ij/tau) / U_i
-            gradient = scores.times_keys(-log_U - log_count) - 2 * _positives(anchors)          # [2b, D]
-
-        # With w fixed the loss is quadratic in the projections, so that its value is half of projection . gradient.
-        linear = (anchors * gradient).sum() / b
-        return _mean_over_ranks(linear / 2, gradient_of=linear)
+            gradient = scores.times_keys(-log_U - log_count).sub_(_positives(anchors), alpha=2)  # [2b, D]
+            # With w fixed the loss is quadratic in the unit rows, so that its value is half of row . gradient.
+            value = (anchors * gradient).sum() / (2 * b)
+        return _Loss.apply(z, anchors, norm, gradient, value)
 
     def _update(self, index, log_U):
         """u_i <- (U_i^a + U_i^b) / 2, for the whole global batch, on every rank alike."""
@@ -167,90 +168,135 @@ class ContrastiveLoss(nn.Module):
     @_outside_autocast
     def forward(self, z1, z2, index=None):
         """z1, z2: [b, D] not normalised; index is not needed. Returns and raises as `GlobalContrastiveLoss`."""
-        anchors = _views(z1, z2)
-        b, tau = len(anchors) // 2, self.temperature
+        z = _views(z1, z2)
+        b, tau = len(z) // 2, self.temperature
         with torch.no_grad():
+            anchors, norm = _unit_rows(z)
             keys = self.last_batch = _all_views(anchors)
             scores = self.scores = _Scores(anchors, keys, tau, exclude_positive=False, reuse=self.scores)
             # sum_j (p_ij + p_ji) z_j / tau, with p_ij the share of view j in the softmax of anchor i
             positives = _positives(anchors)
             gradient = (scores.times_keys(-_all_views(scores.log_sum)) - 2 * positives) / tau   # [2b, D]
             value = (scores.log_sum.sum() - (anchors * positives).sum() / tau) / b
-        return _mean_over_ranks(value, gradient_of=(anchors * gradient).sum() / b)
+        return _Loss.apply(z, anchors, norm, gradient, value)
 
     @torch.no_grad()
     def diagnostics(self):
         """As `GlobalContrastiveLoss.diagnostics`, with g of this batch in the place of U."""
         keys = self.last_batch
-        scores = _Scores(keys, keys, self.temperature, exclude_positive=True, first=0)
+        scores = _Scores(keys, keys, self.temperature, exclude_positive=True)
         return _diagnostics(keys, scores.log_sum - math.log(len(keys) - 2), self.temperature)
+
+
+class _Loss(torch.autograd.Function):
+    """A value that was computed together with its gradient with respect to z."""
+
+    @staticmethod
+    def forward(ctx, z, value, gradient):
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return upstream * gradient, None, None
+
+
+class _Block(NamedTuple):
+    """Some rows of the matrix of scores."""
+
+    rows: slice                 # of which anchors
+    columns: slice              # with which keys
+    scores: torch.Tensor        # [rows, columns]
+    excluded: torch.Tensor      # [rows, 1 or 2] the columns of the anchor itself, and of its positive
+    below: slice | None         # the anchors that stand mirrored in this block, none where `right` is None
+    right: torch.Tensor | None  # [rows, below] view of the columns that are their scores
 
 
 class _Scores:
     """exp(s_ij / tau) of this rank's 2b anchors i with all 2B views j, but for the anchor itself and, if so asked, its
-    positive. Holds one [2b, 2B] matrix.
+    positive. Held in blocks of rows. On one rank the matrix is symmetric: then what lies left of a block's diagonal is
+    neither computed nor held, because it stands, mirrored, on the right of the blocks above.
 
-    anchors: [2b, D]; keys: [2B, D]; first: place of the first anchor's image in the batch (None: this rank's share);
-    reuse: the scores of an earlier step, whose memory is taken over, since a fresh matrix costs a CPU many page faults
-    (it is 1 MB for B = 256 on one rank).
+    anchors: [2b, D]; keys: [2B, D]; reuse: the scores of an earlier step, whose memory is taken over, since fresh
+    memory costs a CPU many page faults.
     log_sum: [2b] log of each anchor's sum over j.
     """
 
-    def __init__(self, anchors, keys, temperature, exclude_positive, first=None, reuse=None):
-        b, B = len(anchors) // 2, len(keys) // 2
-        fits = reuse is not None and reuse.matrix.shape == (2 * b, 2 * B) and (
-            reuse.matrix.dtype, reuse.matrix.device) == (anchors.dtype, anchors.device)
-        if fits:
-            self.matrix, self.itself, self.excluded = reuse.matrix, reuse.itself, reuse.excluded
+    def __init__(self, anchors, keys, temperature, exclude_positive, reuse=None):
+        self.layout = len(anchors), len(keys), anchors.dtype, anchors.device
+        if reuse is not None and reuse.layout == self.layout:
+            self.itself, self.blocks = reuse.itself, reuse.blocks
         else:
-            first = rank() * b if first is None else first
-            image = torch.arange(first, first + b, device=anchors.device)
-            self.matrix = anchors.new_empty(2 * b, 2 * B)
-            self.itself = torch.cat([image, image + B])                         # [2b] the anchors among the keys
-            self.excluded = torch.stack([self.itself, (self.itself + B) % (2 * B)], dim=1)[:, :1 + exclude_positive]
-        # Since |s| <= 1, all scores fit float32 when they are divided by exp(1/tau), unless tau is small. Then s / tau
-        # itself is kept, and exp is taken when each row's scale is known.
-        self.small_tau = 2 / temperature > 60
-        self.shift = 0.0 if self.small_tau else 1 / temperature
-        self.keys, self.log_sum = keys, anchors.new_empty(2 * b)
-        for rows in self._blocks():
-            block = self.matrix[rows].fill_(-self.shift).addmm_(anchors[rows], keys.T, alpha=1 / temperature)
-            block.scatter_(1, self.excluded[rows], -math.inf)
-            if self.small_tau:
-                self.log_sum[rows] = block.logsumexp(1)
-            else:
-                self.log_sum[rows] = block.exp_().sum(1).log_().add_(self.shift)
+            self._allocate(anchors, exclude_positive)
+        # Since |s| <= 1, all scores and their sums fit float32, unless tau is small. Then s / tau itself is kept, and
+        # exp is taken when each row's scale is known.
+        self.small_tau = temperature < 1 / 30
+        add, total = (torch.logaddexp, torch.logsumexp) if self.small_tau else (torch.add, torch.sum)
+        sums = anchors.new_full((len(anchors),), -math.inf if self.small_tau else 0.0)
+        for rows, columns, scores, excluded, below, right in self.blocks:
+            scores.addmm_(anchors[rows], keys[columns].T, beta=0, alpha=1 / temperature)
+            scores.scatter_(1, excluded, -math.inf)
+            if not self.small_tau:
+                scores.exp_()
+            sums[rows] = add(sums[rows], total(scores, 1))
+            if below:
+                sums[below] = add(sums[below], total(right, 0))
+        self.keys, self.log_sum = keys, sums if self.small_tau else sums.log_()
 
     def times_keys(self, log_weight):
-        """log_weight [2B] -> sum_j exp(s_ij / tau) (weight_i + weight_j) key_j, [2b, D]. Can be called once: the matrix
-        is overwritten.
+        """log_weight [2B] -> sum_j exp(s_ij / tau) (weight_i + weight_j) key_j, [2b, D]. Can be called once: the scores
+        are overwritten.
         """
-        product = self.keys.new_empty(len(self.matrix), self.keys.shape[1])
-        weight = log_weight if self.small_tau else (log_weight + self.shift).exp()
+        product = self.keys.new_zeros(len(self.itself), self.keys.shape[1])
+        weight = log_weight if self.small_tau else log_weight.exp()
         own = weight[self.itself, None]
-        for rows in self._blocks():
-            block = self.matrix[rows]
+        for rows, columns, scores, _, below, right in self.blocks:
             if self.small_tau:
-                block = (block + own[rows]).exp_() + (block + weight).exp_()
+                torch.add((scores + own[rows]).exp_(), (scores + weight[columns]).exp_(), out=scores)
             else:
-                block.mul_(own[rows] + weight)
-            torch.mm(block, self.keys, out=product[rows])
+                scores.mul_(own[rows] + weight[columns])
+            product[rows].addmm_(scores, self.keys[columns])
+            if below:
+                product[below].addmm_(right.T, self.keys[rows])
         return product
 
-    def _blocks(self):
-        rows, columns = self.matrix.shape
-        size = max(1, _BLOCK.get(self.matrix.device.type, 2**25) // columns)
-        return [slice(start, start + size) for start in range(0, rows, size)]
+    def _allocate(self, anchors, exclude_positive):
+        rows, columns = self.layout[:2]
+        b, B, symmetric = rows // 2, columns // 2, rows == columns
+        image = torch.arange(b, device=anchors.device) + (0 if symmetric else rank() * b)
+        self.itself = torch.cat([image, image + B])                             # [2b] the anchors among the keys
+        excluded = torch.stack([self.itself, (self.itself + B) % columns], dim=1)[:, :1 + exclude_positive]
+        size = max(1, _BLOCK.get(anchors.device.type, 2**25) // columns)
+        if symmetric and anchors.device.type == "cpu":
+            size = min(size, b)         # where launches cost nothing, half of a small matrix can be spared too
+        self.blocks = []
+        for start in range(0, rows, size):
+            stop, first = min(start + size, rows), start if symmetric else 0
+            scores = anchors.new_empty(stop - start, columns - first)
+            # A positive that lies left of the block is excluded where it stands mirrored: name the anchor twice here.
+            here = excluded[start:stop] - first
+            here = torch.where(here < 0, here[:, :1], here)
+            mirrored = symmetric and stop < rows
+            self.blocks.append(_Block(slice(start, stop), slice(first, columns), scores, here,
+                                      slice(stop, rows) if mirrored else None,
+                                      scores[:, stop - first:] if mirrored else None))
 
 
 def _views(z1, z2):
-    """[b, D] twice -> [2b, D] unit rows, views a before views b, in float32 or better."""
+    """[b, D] twice -> [2b, D], views a before views b, in float32 or better."""
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise ValueError(f"the two views must be [B, D] and alike, got {list(z1.shape)} and {list(z2.shape)}")
     if len(z1) * world_size() < 2:
         raise ValueError("the batch must hold at least 2 images: one alone has no negatives")
     z = torch.cat([z1, z2])
-    return F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=1)
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
+def _unit_rows(z):
+    """[2b, D] -> z / |z| [2b, D], and |z| [2b, 1]."""
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1e-12)
+    return z / norm, norm
 
 
 def _all_views(anchors):
@@ -264,11 +310,22 @@ def _positives(anchors):
     return anchors.detach().roll(len(anchors) // 2, dims=0)
 
 
-def _mean_over_ranks(value, gradient_of):
-    """The mean of `value` over the ranks, with the gradient of another scalar (whose value is taken out again: x - x
-    is exactly 0).
+class _Loss(torch.autograd.Function):
+    """A value that was computed together with its gradient.
+
+    z: [2b, D]; anchors: [2b, D] its unit rows; norm: [2b, 1]; gradient: [2b, D] with respect to the unit rows, for the
+    sum over this rank's images. The value becomes the mean over the ranks.
     """
-    return all_reduce_sum(value.detach().clone()) / world_size() + (gradient_of - gradient_of.detach())
+
+    @staticmethod
+    def forward(ctx, z, anchors, norm, gradient, value):
+        along = (anchors * gradient).sum(1, keepdim=True)
+        ctx.save_for_backward((gradient - along * anchors) / (len(z) // 2 * norm))      # through z -> z / |z|
+        return all_reduce_sum(value) / world_size()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream * ctx.saved_tensors[0], None, None, None, None
 
 
 def _diagnostics(keys, log_U, temperature):
