@@ -14,16 +14,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 
-from sogclr import InputError, checkpoint
+from sogclr import InputError, Stopped, checkpoint
 from sogclr.augment import Normalize
 from sogclr.builder import choose_stem, encoder_state, load_encoder, resnet
-from sogclr.distributed import all_reduce_sum, device_names, launch, log, rank, require_same, set_seed, world_size
+from sogclr.distributed import all_reduce_sum, device_names, launch, log, rank, set_seed, stop_requested, world_size
 from sogclr.flags import Parser, add_shared_flags, non_defaults, resolve_precision
 from sogclr.loader import EpochSampler, Labelled, Loader, open_data_set
 from sogclr.meters import AverageMeter, Progress, correct_in_top
 from sogclr.optimizer import lr_at, set_lr
 
 BEST = "model_best.pth.tar"
+CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "best_acc1", "best_epoch")
+# What a resumed run must share with its checkpoint: all that decides the numbers.
+METHOD_FLAGS = ("image_size", "batch_size", "epochs", "lr", "momentum", "weight_decay", "precision", "seed")
 
 
 def build_parser():
@@ -66,10 +69,12 @@ def main_worker(args, device):
 
     # The run's folder, and the checkpoint to continue from, whose seed goes on unless another is given.
     folder = run_folder(args)
-    resume = args.resume if args.evaluate and args.resume != "auto" else checkpoint.open_run(folder, args.resume)
+    if args.evaluate and args.resume != "auto":
+        resume, saved = args.resume, checkpoint.load(args.resume, "--resume", CHECKPOINT_KEYS)
+    else:
+        resume, saved = checkpoint.open_run(folder, args.resume, CHECKPOINT_KEYS)
     if args.evaluate and not resume:
         raise InputError(f"-e/--evaluate: {folder} holds no run yet, give a checkpoint with --resume PATH")
-    saved = checkpoint.load(resume, "--resume") if resume else {}
     if saved:
         source = f"--resume {resume}"
         pretrained = same_encoder(read_encoder(saved, source, args), pretrained, saved, source, args)
@@ -104,10 +109,15 @@ def main_worker(args, device):
     peak_lr = args.lr * args.batch_size / 256
     precision, dtype = resolve_precision(args.precision, device)
 
-    start_epoch, best = restore(saved, resume, args, classifier, optimizer) if resume else (0, (0.0, -1))
+    settings = vars(args) | {"seed": seed, "precision": precision, "stem": stem, "image_size": train_data.image_size}
+    start_epoch, start_step, best = 0, 0, (0.0, -1)
+    if resume:
+        if not args.evaluate:
+            PARSER.require_same(saved.get("settings", {}), {name: settings[name] for name in METHOD_FLAGS},
+                                f"--resume {resume}")
+        start_epoch, start_step, best = restore(saved, resume, classifier, optimizer)
     if args.start_epoch is not None:
-        start_epoch = args.start_epoch
-    require_same(start_epoch, "--resume: the first epoch, --save_dir must be one folder for all machines", device)
+        start_epoch, start_step = args.start_epoch, 0
     log(f"=> linear evaluation of {args.pretrained or resume or 'a random encoder'} "
         f"({args.arch}, {stem} stem, {precision}), on {device_names(device)}")
     log(f"=> {args.data_name}: {len(train_data.images)} training and {len(val_data.images)} validation images of "
@@ -136,15 +146,24 @@ def main_worker(args, device):
         log(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}")
         return
 
-    writer = SummaryWriter(folder) if rank() == 0 else None
-    acc1 = acc5 = float("nan")
+    events = SummaryWriter(folder, purge_step=start_epoch or None) if rank() == 0 else None
+    writer = checkpoint.Writer(folder, args.save_minutes)
+    acc1, acc5 = saved.get("acc1", float("nan")), saved.get("acc5", float("nan"))
+
+    def state(epoch, step):
+        """All that the rest of the run depends on, after `step` steps of `epoch`."""
+        weights = encoder.state_dict() | {f"fc.{name}": tensor for name, tensor in classifier.state_dict().items()}
+        return {"epoch": epoch, "step": step, "arch": args.arch, "state_dict": checkpoint.with_module(weights),
+                "optimizer": optimizer.state_dict(), "best_acc1": best[0], "best_epoch": best[1],
+                "acc1": acc1, "acc5": acc5, "seed": seed, "settings": settings}
+
     for epoch in range(start_epoch, args.epochs):
         lr = lr_at(epoch, peak_lr, args.epochs)
         set_lr(optimizer, lr)
         losses, top1 = AverageMeter("Loss", ".4f"), AverageMeter("Acc@1", ".2f")
-        steps = len(train_loader)
-        progress = Progress(f"Epoch: [{epoch}]", steps, args.batch_size, (args.epochs - epoch) * steps)
-        for step, (images, target) in enumerate(train_loader.epoch(epoch)):
+        steps, first_step = len(train_loader), start_step if epoch == start_epoch else 0
+        progress = Progress(f"Epoch: [{epoch}]", steps, args.batch_size, (args.epochs - epoch) * steps - first_step)
+        for step, (images, target) in enumerate(train_loader.epoch(epoch, first_step), first_step):
             progress.loaded()
             target = target.to(device, non_blocking=True)
             batch = min(args.batch_size, len(train_data.images) - step * args.batch_size)   # over all ranks
@@ -163,6 +182,12 @@ def main_worker(args, device):
             progress.stepped()
             if step % args.print_freq == 0:
                 log(progress.line(step, [losses, top1, f"LR {lr:.4g}"]))
+            stop = stop_requested()         # the same on all ranks
+            if stop or writer.is_due():
+                writer.save(state(epoch, step + 1))
+            if stop:
+                writer.close()
+                raise Stopped(f"after epoch {epoch}, step {step}")
 
         with torch.no_grad():
             acc1, acc5 = validate()
@@ -171,24 +196,18 @@ def main_worker(args, device):
         if rank() == 0:
             for name, value in {"val Acc@1": acc1, "val Acc@5": acc5, "train Acc@1": top1.average,
                                 "train loss": losses.average, "learning rate": lr}.items():
-                writer.add_scalar(name, value, epoch)
-            weights = encoder.state_dict() | {f"fc.{name}": tensor for name, tensor in classifier.state_dict().items()}
-            state = {"epoch": epoch + 1, "arch": args.arch, "state_dict": checkpoint.with_module(weights),
-                     "optimizer": optimizer.state_dict(), "best_acc1": best[0], "best_epoch": best[1],
-                     "acc1": acc1, "acc5": acc5, "seed": seed, "settings": vars(args)}
-            checkpoint.save(state, folder / checkpoint.LAST)
-            if best[1] == epoch:
-                checkpoint.save(state, folder / BEST)
+                events.add_scalar(name, value, epoch)
+        writer.save(state(epoch + 1, 0), *[BEST] * (best[1] == epoch))
+
+    writer.close()
 
     changed = [name for name, tensor in encoder.state_dict().items() if not torch.equal(tensor, frozen[name])]
     if changed:
         raise RuntimeError(f"the frozen encoder changed while its classifier was trained: {', '.join(changed)}")
     log(f"=> the frozen encoder is unchanged ({len(frozen)} tensors compared)")
-    if start_epoch >= args.epochs:
-        acc1, acc5 = saved["acc1"], saved["acc5"]
     log(f"=> last epoch: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}; best Acc@1 {best[0]:.3f} in epoch {best[1]}")
-    if writer:
-        writer.close()
+    if events:
+        events.close()
 
 
 def read_encoder(saved, source, args):
@@ -209,9 +228,8 @@ def same_encoder(resumed, pretrained, saved, source, args):
     return resumed
 
 
-def restore(saved, path, args, classifier, optimizer):
-    """Put the classifier's state back, and return the epoch to start with and (best Acc@1, its epoch)."""
-    checkpoint.require(saved, path, "--resume", ("epoch", "arch", "state_dict", "optimizer", "best_acc1", "best_epoch"))
+def restore(saved, path, classifier, optimizer):
+    """Put the classifier's state back, and return the epoch and step to start with, and (best Acc@1, its epoch)."""
     state = checkpoint.without_module(saved["state_dict"])
     head = {name: state.get(f"fc.{name}", torch.empty(0)) for name in ("weight", "bias")}
     if head["weight"].shape != classifier.weight.shape:
@@ -219,10 +237,9 @@ def restore(saved, path, args, classifier, optimizer):
                          f"but this data set has {classifier.out_features}")
     classifier.load_state_dict(head)
     optimizer.load_state_dict(saved["optimizer"])
-    for group in optimizer.param_groups:        # flags given now are followed
-        group.update(momentum=args.momentum, weight_decay=args.weight_decay)
-    log(f"=> resumed {path} after {saved['epoch']} epochs")
-    return saved["epoch"], (saved["best_acc1"], saved["best_epoch"])
+    step = saved.get("step", 0)
+    log(f"=> resumed {path} after {saved['epoch']} epochs" + f" and {step} steps" * (step > 0))
+    return saved["epoch"], step, (saved["best_acc1"], saved["best_epoch"])
 
 
 PARSER = build_parser()

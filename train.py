@@ -11,27 +11,27 @@ Two machines of 8 GPUs:
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --data DIR
 """
 
-import math
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from sogclr import InputError, checkpoint
+from sogclr import InputError, Stopped, checkpoint
 from sogclr.augment import Augment, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, resnet
-from sogclr.distributed import data_parallel, device_names, launch, log, rank, require_same, set_seed, world_size
+from sogclr.distributed import data_parallel, device_names, launch, log, rank, set_seed, stop_requested, world_size
 from sogclr.flags import Parser, add_shared_flags, non_defaults, number, resolve_precision
 from sogclr.loader import EpochSampler, Loader, TwoViews, open_data_set
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, gamma_at
-from sogclr.meters import AverageMeter, Progress
+from sogclr.meters import AverageMeter, LossWatch, Progress
 from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
 
 METHODS = {"dcl": "sogclr", "cl": "simclr"}
-# What may change at a resume, but not without a word.
-METHOD_FLAGS = ("batch_size", "epochs", "lr", "learning_rate_scaling", "momentum", "weight_decay", "warmup_epochs", "t",
-                "gamma", "gamma_schedule", "gamma_decay_epochs", "crop_min", "augment", "image_size", "precision",
-                "seed")
+CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")
+# What a resumed run must share with its checkpoint: all that decides the numbers.
+METHOD_FLAGS = ("arch", "stem", "dim", "mlp_dim", "num_proj_layers", "loss_type", "t", "gamma", "gamma_schedule",
+                "gamma_decay_epochs", "image_size", "crop_min", "augment", "optimizer", "batch_size", "epochs", "lr",
+                "learning_rate_scaling", "momentum", "weight_decay", "warmup_epochs", "precision", "seed")
 
 
 def build_parser():
@@ -65,6 +65,8 @@ def build_parser():
     method.add_argument("--augment", default="batched", choices=("batched", "pil"),
                         help="where colour is changed: in batches on the device, or image by image in the workers, as "
                              "the authors do (slower, to compare with)")
+    groups["run"].add_argument("--save-freq", default=10, type=number(int, "[1, inf)"), metavar="N",
+                               help="epochs between two checkpoints that are kept, apart from the last three epochs'")
     return parser
 
 
@@ -94,8 +96,7 @@ def main_worker(args, device):
 
     # The run's folder, and the checkpoint to continue from, whose seed goes on unless another is given.
     folder = Path(args.save_dir) / run_name(args)
-    resume = checkpoint.open_run(folder, args.resume)
-    saved = checkpoint.load(resume, "--resume") if resume else {}
+    resume, saved = checkpoint.open_run(folder, args.resume, CHECKPOINT_KEYS)
     seed = set_seed(args, saved)
 
     # Data: uint8 crops from the workers; their colour is done on the device.
@@ -126,14 +127,31 @@ def main_worker(args, device):
         optimizer = torch.optim.AdamW(model.parameters(), peak_lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    start_epoch = restore(saved, resume, args, model, criterion, optimizer, scaler) if resume else 0
+    settings = vars(args) | {"seed": seed, "precision": precision, "stem": stem, "image_size": data.image_size,
+                             "gamma_decay_epochs": args.gamma_decay_epochs or max(args.epochs // 2, 1)}
+    start_epoch, start_step = 0, 0
+    if resume:
+        PARSER.require_same(saved.get("settings", {}), {name: settings[name] for name in METHOD_FLAGS},
+                            f"--resume {resume}")
+        start_epoch, start_step = restore(saved, resume, args, model, criterion, optimizer, scaler)
     if args.start_epoch is not None:
-        start_epoch = args.start_epoch
-    require_same(start_epoch, "--resume: the first epoch, --save_dir must be one folder for all machines", device)
-    writer = SummaryWriter(folder) if rank() == 0 else None
+        start_epoch, start_step = args.start_epoch, 0
+    steps = len(loader)
+    events = SummaryWriter(folder, purge_step=start_epoch * steps + start_step or None) if rank() == 0 else None
+    writer = checkpoint.Writer(folder, args.save_minutes)
+    watch = LossWatch(device, f"--lr {args.lr:g}: try a smaller one, a longer --warmup-epochs or --precision fp32")
+
+    def state(epoch, step):
+        """All that the rest of the run depends on, after `step` steps of `epoch`."""
+        whole = {"epoch": epoch, "step": step, "arch": args.arch,
+                 "state_dict": checkpoint.with_module(model.state_dict()), "optimizer": optimizer.state_dict(),
+                 "scaler": scaler.state_dict(), "seed": seed, "settings": settings}
+        if args.loss_type == "dcl":
+            whole |= {"u": criterion.u[:, None].float(), "log_u": criterion.log_u}
+        return whole
 
     log(f"=> {METHODS[args.loss_type]} on {args.data_name}: {num_images} images of {data.image_size} pixels, "
-        f"{len(loader)} steps an epoch, epochs {start_epoch} to {args.epochs - 1}")
+        f"{steps} steps an epoch, epochs {start_epoch} to {args.epochs - 1}")
     log(f"=> {args.arch} with {stem} stem, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
         f"{precision}, seed {seed}, on {device_names(device)}")
     log(f"=> global batch {args.batch_size} ({args.batch_size // ranks} a rank), "
@@ -149,17 +167,19 @@ def main_worker(args, device):
     for epoch in range(start_epoch, args.epochs):
         net.train()
         if args.gamma_schedule == "cosine":
-            criterion.gamma = gamma_at(epoch, args.gamma, args.gamma_decay_epochs or max(args.epochs // 2, 1))
+            criterion.gamma = gamma_at(epoch, args.gamma, settings["gamma_decay_epochs"])
         losses, gcl = AverageMeter("Loss", ".4f"), AverageMeter("GCL", ".4f")
-        progress = Progress(f"Epoch: [{epoch}]", len(loader), args.batch_size, (args.epochs - epoch) * len(loader))
-        for step, (view1, view2, index) in enumerate(loader.epoch(epoch)):
+        first_step = start_step if epoch == start_epoch else 0
+        progress = Progress(f"Epoch: [{epoch}]", steps, args.batch_size, (args.epochs - epoch) * steps - first_step)
+        for step, (view1, view2, index) in enumerate(loader.epoch(epoch, first_step), first_step):
             progress.loaded()
-            lr = lr_at(epoch + step / len(loader), peak_lr, args.epochs, args.warmup_epochs)
+            lr = lr_at(epoch + step / steps, peak_lr, args.epochs, args.warmup_epochs)
             set_lr(optimizer, lr)
 
             with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
                 z1, z2 = net(augment(view1), augment(view2))            # [b, D] each
             loss = criterion(z1, z2, index)
+            watch.add(loss, criterion.keys, ranks, f"epoch {epoch}, step {step}")
 
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -172,75 +192,56 @@ def main_worker(args, device):
                 diagnostics = criterion.diagnostics()
                 gcl.update(diagnostics["gcl"])
                 log(progress.line(step, [losses, gcl, f"LR {lr:.4g}"]))
-                check_finite(losses, epoch, step, args)
-                if writer:
+                if events:
                     scalars = {"loss": losses.value, **diagnostics, "learning rate": lr,
                                "images per second": progress.images_per_second}
                     for name, value in scalars.items():
-                        writer.add_scalar(name, float(value), epoch * len(loader) + step)
+                        events.add_scalar(name, float(value), epoch * steps + step)
 
-        check_finite(losses, epoch, len(loader) - 1, args)      # before it can be saved
-        if rank() == 0:
-            state = {"epoch": epoch + 1, "arch": args.arch, "state_dict": checkpoint.with_module(model.state_dict()),
-                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                     "seed": seed, "settings": vars(args)}
-            if args.loss_type == "dcl":
-                state |= {"u": criterion.u[:, None].float(), "log_u": criterion.log_u}
-            checkpoint.save(state, folder / checkpoint.LAST)
-            if epoch % 10 == 0 or epoch >= args.epochs - 3:
-                checkpoint.save(state, folder / f"checkpoint_{epoch:04d}.pth.tar")
-    if writer:
-        writer.close()
+            stop = stop_requested()         # the same on all ranks
+            if stop or writer.is_due():
+                watch.check_weights(model, f"epoch {epoch}, step {step}")
+                writer.save(state(epoch, step + 1))
+            if stop:
+                writer.close()
+                raise Stopped(f"after epoch {epoch}, step {step}")
+
+        watch.check_weights(model, f"epoch {epoch}")
+        kept = epoch % args.save_freq == 0 or epoch >= args.epochs - 3
+        writer.save(state(epoch + 1, 0), *[f"checkpoint_{epoch:04d}.pth.tar"] * kept)
+    writer.close()
+    if events:
+        events.close()
     log(f"=> done: {folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
 
 
-def check_finite(losses, epoch, step, args):
-    """Raise InputError, on all ranks alike, if a loss of this epoch was infinite or not a number."""
-    if not math.isfinite(losses.average):
-        raise InputError(f"--lr {args.lr:g}: the loss became {losses.average} in epoch {epoch} by step {step}; try a "
-                         "smaller --lr, a longer --warmup-epochs or --precision fp32, and --resume auto to go on from "
-                         "the last checkpoint")
-
-
 def restore(saved, path, args, model, criterion, optimizer, scaler):
-    """Put a checkpoint back into everything that training changes, and return the epoch to start with.
+    """Put a checkpoint back into everything that training changes, and return the epoch and step to start with.
 
     saved: the checkpoint read from `path`. Raises InputError where it is of another architecture, data set or loss.
     """
-    checkpoint.require(saved, path, "--resume", ("epoch", "arch", "state_dict", "optimizer", "scaler"))
-    if saved["arch"] != args.arch:
+    if saved["arch"] != args.arch:      # the authors' files have no settings
         raise InputError(f"--resume {path}: was made with --arch {saved['arch']}, not {args.arch}")
-    for name in ("loss_type", "optimizer"):     # the authors' files do not say
-        made_with, asked = saved.get("settings", {}).get(name), getattr(args, name)
-        if made_with not in (None, asked):
-            raise InputError(f"--resume {path}: was made with --{name} {made_with}, not {asked}")
     if args.loss_type == "dcl":
         checkpoint.require(saved, path, "--resume", ("u",))
-        if saved["u"].numel() != len(criterion.log_u):
-            raise InputError(f"--resume {path}: was made on {saved['u'].numel()} images, "
-                             f"but this data set holds {len(criterion.log_u)}")
+        rows, images = saved["u"].numel(), len(criterion.log_u)
+        if rows not in (images, images + 1):        # the authors keep one row more
+            raise InputError(f"--resume {path}: was made on {rows} images, but this data set holds {images}")
         if "log_u" in saved:
             criterion.log_u.copy_(saved["log_u"])
         else:
-            criterion.u = saved["u"]
+            criterion.u = saved["u"].flatten()[:images]
     try:
         model.load_state_dict(checkpoint.without_module(saved["state_dict"]))
         optimizer.load_state_dict(saved["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"--resume {path}: was made with another model or optimizer: "
                          + " ".join(str(error).split())[:200]) from error
-    for group in optimizer.param_groups:        # flags given now are followed
-        group["weight_decay"] = args.weight_decay
-        if "momentum" in group:
-            group["momentum"] = args.momentum
     if saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
-    log(f"=> resumed {path} after {saved['epoch']} epochs")
-    for name in METHOD_FLAGS:
-        before, now = saved.get("settings", {}).get(name, getattr(args, name)), getattr(args, name)
-        if before != now:
-            log(f"=> changed since that checkpoint: {name} {before} -> {now}")
-    return saved["epoch"]
+    step = saved.get("step", 0)
+    log(f"=> resumed {path} after {saved['epoch']} epochs" + f" and {step} steps" * (step > 0))
+    return saved["epoch"], step
 
 
 PARSER = build_parser()

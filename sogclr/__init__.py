@@ -10,3 +10,7 @@ class InputError(Exception):
 
     The scripts print it without a traceback and exit with code 2; library users may catch it.
     """
+
+
+class Stopped(Exception):
+    """A signal has asked the run to stop, and all of it is saved. The message says where it stopped."""

@@ -1,17 +1,24 @@
 """Run folders and checkpoint files."""
 
+import contextlib
+import fcntl
 import os
 import shlex
+import shutil
+import socket
 import sys
+import threading
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from sogclr import InputError
-from sogclr.distributed import barrier, rank
+from sogclr.distributed import barrier, log, rank, require_same
 
-LAST = "checkpoint_last.pth.tar"
+LAST, PREVIOUS = "checkpoint_last.pth.tar", "checkpoint_previous.pth.tar"
 
 # The authors' files hold numpy numbers. They are data, not code, so they may be unpickled; under numpy 1's name too.
 _SCALAR = np.float64(0).__reduce__()[0]
@@ -19,14 +26,17 @@ _NUMPY_NUMBERS = [(_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._c
                   *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool"))]
 
 
-def open_run(folder, resume):
-    """Make a run's folder, note the command line in it, and say which checkpoint to continue from ("" for none).
+def open_run(folder, resume, keys):
+    """Make a run's folder, lock it, note the command line in it, and read the checkpoint to continue from.
 
-    resume: `--resume`, where "auto" means the folder's own last checkpoint if there is one.
-    Raises InputError where the folder cannot be written, and where it holds a run that would be overwritten.
+    resume: `--resume`; "auto" is the folder's newest whole checkpoint, if there is one; keys: what it must hold.
+    Returns the checkpoint's path and content, ("", {}) for a fresh run. Raises InputError where the folder cannot be
+    written, where another run is writing there, where it holds a run that would be overwritten, and where this machine
+    sees other checkpoints than rank 0's.
     """
-    last = folder / LAST
-    if last.exists() and not resume:
+    kept = [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
+    kept += sorted(folder.glob("checkpoint_[0-9]*.pth.tar"), reverse=True)
+    if kept and not resume:
         raise InputError(f"{folder}: already holds a run with these settings, "
                          "continue it with --resume auto or move the folder away")
     barrier()       # no rank may look after rank 0 has begun to write
@@ -37,36 +47,176 @@ def open_run(folder, resume):
                 file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     except OSError as error:
         raise InputError(f"--save_dir {folder.parent}: cannot be written: {error.strerror}") from error
-    return (str(last) if last.exists() else "") if resume == "auto" else resume
+    if rank() == 0 and folder not in _locks:
+        _lock(folder)
+    barrier()
+    path, saved = resume, {}
+    if resume == "auto":
+        path, saved = _newest_whole(kept, keys)
+        if kept and not saved:
+            raise InputError(f"--resume auto: no checkpoint in {folder} can be read, "
+                             "move the folder away to start anew")
+    elif resume:
+        saved = load(resume, "--resume", keys)
+    for name in ("epoch", "step"):
+        require_same(saved.get(name, 0), f"--resume: {name}; --save_dir must be one folder for all machines")
+    return path, saved
 
 
-def save(state, path):
-    """Write a checkpoint so that `path` holds either the old file or the whole new one, whenever the power fails."""
-    part = Path(f"{path}.part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+def _newest_whole(paths, keys):
+    """The first of the paths, newest first, that holds a checkpoint, and its content; those before it are named."""
+    for path in paths:
+        try:
+            return str(path), load(path, "--resume auto", keys)
+        except InputError as error:
+            log(f"=> skipped {error}")
+    return "", {}
 
 
-def load(path, flag):
+_locks = {}     # {folder: file descriptor}; a lock lives as long as its file is open
+
+
+def _lock(folder):
+    """Refuse a folder that another live process writes to. The system takes the lock off a process that has died, and
+    does not hand it to forked workers.
+    """
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        holder = os.read(lock, 1000).decode().strip()
+        os.close(lock)
+        raise InputError(f"{folder}: another run is writing to it ({holder}), stop that one first") from error
+    except OSError:     # a file system without locks
+        pass
+    os.ftruncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    _locks[folder] = lock
+
+
+class Writer:
+    """Writes the checkpoints of a run in the background, one at a time, and only on rank 0.
+
+    folder: of the run; minutes: between two saves inside an epoch, 0 for none.
+    A save that fails (a full disk, say) is reported and leaves the earlier files as they were; training goes on.
+    """
+
+    def __init__(self, folder, minutes=0.0):
+        self.folder, self.seconds = folder, 60 * minutes
+        self.last_time = time.monotonic()
+        self.thread = self.error = None
+
+    def is_due(self):
+        """Whether the last save is `minutes` ago."""
+        return rank() == 0 and 0 < self.seconds <= time.monotonic() - self.last_time
+
+    def save(self, state, *names):
+        """Write a dict as `checkpoint_last.pth.tar`, and under further names. Returns as soon as it is copied to host
+        memory and the write before it is done, so that training may change the tensors.
+        """
+        if rank() == 0:
+            self.wait()
+            self.last_time = time.monotonic()
+            self.thread = threading.Thread(target=self._write, args=(_host_copy(state), names))
+            self.thread.start()
+
+    def wait(self):
+        """Wait until the last save is written."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+    def close(self):
+        """Wait for the last save, and raise InputError if it failed."""
+        self.wait()
+        if self.error:
+            raise InputError(f"--save_dir {self.folder.parent}: the last save failed: {self.error}")
+
+    def _write(self, state, names):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)      # somebody may have cleaned up
+            save(state, self.folder, names)
+            self.error = None
+        except Exception as error:      # torch.save adds errors of its own when a write fails
+            cause = error
+            while cause.__context__ is not None:
+                cause = cause.__context__
+            self.error = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+            print(f"=> NOT saved: {self.folder}: {self.error}; the earlier checkpoints are as they were, and training "
+                  "goes on", file=sys.stderr, flush=True)
+
+
+def save(state, folder, names=()):
+    """Write `checkpoint_last.pth.tar`, and the same under further names; whenever the power fails, the folder holds the
+    former one whole. That becomes `checkpoint_previous.pth.tar`.
+    """
+    part, last = folder / (LAST + ".part"), folder / LAST
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):      # it may fill a full disk
+            part.unlink(missing_ok=True)
+        raise
+    for name in names:
+        copy = folder / (name + ".part")
+        copy.unlink(missing_ok=True)
+        try:
+            os.link(part, copy)
+        except OSError:     # a file system without links
+            shutil.copyfile(part, copy)
+        os.replace(copy, folder / name)
+    if last.exists():
+        os.replace(last, folder / PREVIOUS)
+    os.replace(part, last)
+    entries = os.open(folder, os.O_RDONLY)
+    os.fsync(entries)
+    os.close(entries)
+
+
+def _host_copy(state):
+    """The same with every tensor copied to host memory."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _host_copy(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(_host_copy, state))
+    return state
+
+
+def load(path, flag, keys=()):
     """The dict in a checkpoint file, on the CPU. Only data is unpickled, never code.
 
-    flag: which flag named the file, for the message. Raises InputError where it is missing or not a checkpoint.
+    flag: which flag named the file, for the message; keys: what must be in it. Raises InputError where the file is
+    missing, damaged, or not such a checkpoint.
     """
     if not os.path.isfile(path):
         raise InputError(f"{flag} {path}: " + ("is a folder, give a file in it" if os.path.isdir(path)
                                                else "no such file"))
     try:
+        _check_sums(path)
         with torch.serialization.safe_globals(_NUMPY_NUMBERS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # a foreign file can make the unpickler raise anything
-        raise InputError(f"{flag} {path}: not a checkpoint that can be read safely "
-                         f"({type(error).__name__}), give a file that train.py or lincls.py wrote") from error
+        raise InputError(f"{flag} {path}: not a checkpoint that can be read safely, it is damaged or holds more than "
+                         f"data ({type(error).__name__}); give a file that train.py or lincls.py wrote") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{flag} {path}: holds no checkpoint but a {type(checkpoint).__name__}")
+    require(checkpoint, path, flag, keys)
     return checkpoint
+
+
+def _check_sums(path):
+    """Raise BadZipFile where a bit has changed: torch.save writes check sums, but torch.load does not look at them."""
+    if not zipfile.is_zipfile(path):        # the format of long ago, which has none
+        return
+    with zipfile.ZipFile(path) as file:
+        # torch.load leaves what is marked as a folder unread, whatever its name
+        if file.testzip() or any(member.external_attr & 0x10 for member in file.infolist()):
+            raise zipfile.BadZipFile("check sum")
 
 
 def require(checkpoint, path, flag, keys):

@@ -1,17 +1,28 @@
 """Processes: how they start, who they are, and what they exchange. Everything works in a single process too."""
 
+import contextlib
 import inspect
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
+import time
+import urllib.parse
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from sogclr import InputError
+from sogclr import InputError, Stopped
+
+STOPPED = 75        # exit code after `Stopped` (EX_TEMPFAIL: try again)
+GRACE = 10          # seconds that the other ranks of this machine have to end by themselves when one has failed
+
+# Hosts exchange small things in a process group of their own, over gloo, so that no GPU is waited for.
+_hosts = None
 
 
 def rank():
@@ -64,7 +75,8 @@ def launch(main_worker, args):
     - else a single process, on `--gpu`, on the only GPU, or on the CPU.
 
     `args.fresh_seed` is a new random number, the same in all of them, for a run without `--seed`.
-    An InputError ends all of them with one line and exit code 2.
+    Ends all of them with one line and exit code 2 after an InputError, with `STOPPED` after a Stopped, and with 1 when
+    a process has died.
     """
     try:
         _check(args)
@@ -76,23 +88,31 @@ def launch(main_worker, args):
         elif args.multiprocessing_distributed or several_gpus:
             nodes, per_node = max(args.world_size, 1), max(gpus, 1)
             url = args.dist_url or f"tcp://localhost:{_free_port()}"
+            if not args.rank > 0:
+                _require_free_port(url)
             why = "" if args.multiprocessing_distributed else ", one for each visible GPU (--gpu N takes one alone)"
             print(f"=> {per_node} process{'es' if per_node > 1 else ''} on this machine{why}", flush=True)
-            mp.spawn(_spawned, nprocs=per_node, args=(main_worker, args, max(args.rank, 0), nodes, per_node, url))
+            context = mp.spawn(_spawned, nprocs=per_node, join=False,
+                               args=(main_worker, args, max(args.rank, 0), nodes, per_node, url))
+            _forward_signals(context.pids())
+            while not context.join(grace_period=GRACE):
+                pass
         elif args.world_size > 1:
+            if args.rank == 0:
+                _require_free_port(args.dist_url)
             _start(main_worker, args, args.rank, args.world_size, args.dist_url)
         else:
             _start(main_worker, args)
     except InputError as error:
         _exit_with(error)
     except KeyboardInterrupt:
-        print("=> interrupted; --resume auto with the same command continues after the last whole epoch",
-              file=sys.stderr)
+        print("=> interrupted; --resume auto with the same command continues after the last save", file=sys.stderr)
         sys.exit(130)
     except mp.ProcessExitedException as error:
-        if error.exit_code != 2:    # else that process has said why: it was an InputError
-            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if error.exit_code == 2 else 1)
+        if error.exit_code not in (2, STOPPED):     # else that process has said why
+            print(f"{os.path.basename(sys.argv[0])}: {error}; the run's other processes on this machine were stopped",
+                  file=sys.stderr, flush=True)
+        sys.exit(error.exit_code if error.exit_code in (2, STOPPED) else 1)
 
 
 def _check(args):
@@ -116,6 +136,9 @@ def _check(args):
         raise InputError("--world-size 0: must be at least 1, or left out")
     if args.rank >= max(args.world_size, 1):
         raise InputError(f"--rank {args.rank}: must be below --world-size {max(args.world_size, 1)}")
+    here = os.environ.get("WORLD_SIZE")
+    if args.dist_url == "env://" and here and args.world_size > 1 and int(here) != args.world_size:
+        raise InputError(f"--world-size {args.world_size}: the environment says WORLD_SIZE={here}, give that")
     if args.world_size > 1 and (args.rank < 0 or not args.dist_url):
         raise InputError(f"--world-size {args.world_size}: needs --rank (0 to {args.world_size - 1}) "
                          "and --dist-url tcp://HOST:PORT of rank 0")
@@ -125,6 +148,28 @@ def _free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
+
+
+def _require_free_port(url):
+    """Raise InputError where rank 0 could not listen at `tcp://HOST:PORT`."""
+    port = urllib.parse.urlsplit(url).port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # a port that was closed just now is free
+        try:
+            probe.bind(("", port or 0))
+        except OSError as error:
+            raise InputError(f"--dist-url {url}: port {port} cannot be used ({error.strerror}), "
+                             "take another") from error
+
+
+def _forward_signals(pids):
+    """Hand on to the run's processes what is meant for them, in the process that only waits for them."""
+    def forward(number, _):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):       # has ended
+                os.kill(pid, number)
+    for number in _Signals.STOP:
+        signal.signal(number, forward)
 
 
 def _spawned(i, main_worker, args, node, nodes, per_node, url):
@@ -141,10 +186,18 @@ def _exit_with(error):
     """
     if _is_first_to_fail():
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        sys.stdout.flush()
-        os._exit(2)     # an orderly exit could wait for collectives that the other ranks will never join
-    sys.exit(2)
+    _exit_now(2)
+
+
+def _exit_now(code):
+    """Leave, among several ranks without the orderly exit that could wait for collectives which others never join."""
+    if not dist.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    for thread in threading.enumerate():        # a checkpoint may be on its way to the disk
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(timeout=60)
+    os._exit(code)
 
 
 def _is_first_to_fail():
@@ -168,12 +221,108 @@ def _start(main_worker, args, rank=0, world=1, url=None):
         try:
             dist.init_process_group(backend, init_method=url, world_size=world, rank=rank,
                                     device_id=device if backend == "nccl" else None)
-            args.fresh_seed = broadcast_int(args.fresh_seed, device)
         except (ValueError, RuntimeError) as error:
             raise InputError(f"--dist-url {url}: no process group: {str(error).splitlines()[0]}") from error
-    main_worker(args, device)
+        global _hosts
+        _hosts = dist.new_group(backend="gloo")
+        args.fresh_seed = broadcast_int(args.fresh_seed)
+    stopped = None
+    try:
+        with _signals:
+            main_worker(args, device)
+    except Stopped as where:
+        stopped = where
+    except RuntimeError as error:
+        if "gloo" in str(error) or "NCCL" in str(error):        # a collective failed, so some rank is gone
+            _name_the_lost()
+        raise
+    if stopped:
+        log(f"=> stopped {stopped}; --resume auto with the same command goes on")
     if dist.is_initialized():       # not after an error: other ranks may be waiting in a collective
+        barrier()                   # nor before rank 0 has saved
         dist.destroy_process_group()
+    if stopped:
+        for number in _Signals.STOP:        # the launcher may send one more when the first rank is gone
+            signal.signal(number, signal.SIG_IGN)
+        sys.exit(STOPPED)
+
+
+def _name_the_lost(patience=3):
+    """Where another rank has died: end this process with a line, said once for all ranks, that tells which it was.
+
+    Those that are left report to the store, which lives on rank 0; patience: seconds to wait for their reports.
+    """
+    me, ranks, lost, first = rank(), range(world_size()), [0], True
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"alive/{me}", "")
+        time.sleep(patience)
+        lost = [other for other in ranks if not store.check([f"alive/{other}"])]
+        first = store.add("lost", 1) == 1 and not store.check(["failed"])       # else that rank has said why
+    except RuntimeError:        # the store has gone with rank 0
+        pass
+    if lost and first:
+        print(f"{os.path.basename(sys.argv[0])}: rank {', '.join(map(str, lost))} of {len(ranks)} was lost, so the run "
+              "stops; --resume auto with the same command continues after the last save", file=sys.stderr, flush=True)
+    if lost:
+        _exit_now(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stop
+# ---------------------------------------------------------------------------------------------------------------------
+
+class _Signals:
+    """SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C) ask the run to finish its step and save. The same again,
+    at least `again` seconds later, stops it at once: launchers send a signal to a whole group and to each process.
+    """
+
+    STOP = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+
+    def __init__(self, again=2.0):
+        self.again, self.first = again, None
+        self.pending = self.flag = None
+
+    def __enter__(self):
+        self.first = self.pending = None
+        self.before = {number: signal.signal(number, self.handle) for number in self.STOP}
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, _):
+        if self.first is None:
+            self.first = time.monotonic()
+            if local_rank() == 0:
+                print(f"=> {signal.Signals(number).name}: stops after this step and saves; once more stops at once",
+                      file=sys.stderr, flush=True)
+        elif time.monotonic() > self.first + self.again:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+_signals = _Signals()
+
+
+def stop_requested():
+    """Whether a signal has asked any rank to stop. To be asked once a step by every rank; all get the same answer.
+
+    With several ranks it is that of the step before, so that no rank waits for the others' present one. Raises
+    RuntimeError where another rank has died.
+    """
+    asked = _signals.first is not None
+    if world_size() == 1:
+        return asked
+    answer = False
+    if _signals.pending is not None:
+        _signals.pending.wait()
+        answer = bool(_signals.flag)
+    _signals.flag = torch.tensor([asked], dtype=torch.uint8)
+    _signals.pending = dist.all_reduce(_signals.flag, dist.ReduceOp.MAX, group=_hosts, async_op=True)
+    return answer
 
 
 def set_seed(args, saved):
@@ -207,18 +356,18 @@ def data_parallel(model, device):
 # Exchange
 # ---------------------------------------------------------------------------------------------------------------------
 
-def broadcast_int(value, device):
+def broadcast_int(value):
     """Rank 0's integer, on every rank."""
     if world_size() == 1:
         return value
-    box = torch.tensor([value], dtype=torch.int64, device=device)
-    dist.broadcast(box, src=0)
-    return int(box.item())
+    box = torch.tensor([value], dtype=torch.int64)
+    dist.broadcast(box, src=0, group=_hosts)
+    return int(box)
 
 
-def require_same(value, what, device):
+def require_same(value, what):
     """Raise InputError on a rank whose integer differs from rank 0's."""
-    first = broadcast_int(value, device)
+    first = broadcast_int(value)
     if value != first:
         raise InputError(f"{what}: rank 0 has {first}, but rank {rank()} has {value}")
 
@@ -226,7 +375,7 @@ def require_same(value, what, device):
 def barrier():
     """Wait until every rank is here."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=_hosts)
 
 
 def all_reduce_sum(tensor):

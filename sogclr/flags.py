@@ -6,6 +6,8 @@ import math
 import torch
 import torchvision
 
+from sogclr import InputError
+
 ARCHITECTURES = torchvision.models.list_models(
     module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
 DATA_SETS = ("imagenet1000", "imagenet100", "cifar10", "cifar100", "folder", "shapes")
@@ -28,6 +30,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def require_same(self, made_with, now, source):
+        """Raise InputError where a setting differs from that in a checkpoint, naming the flag and both values.
+
+        made_with, now: {name of a flag's variable: value}; what only one of them has is not compared.
+        source: the flag and file that `made_with` is from.
+        """
+        for action in self._actions:
+            before, value = made_with.get(action.dest), now.get(action.dest)
+            if before != value and action.dest in made_with and action.dest in now:
+                flag = next(name for name in action.option_strings if name.startswith("--"))
+                cure = f"leave {flag} out" if before == action.default else f"give {flag} {before}"
+                raise InputError(f"{source}: was made with {flag} {before}, not {value}; {cure}, or start a new run")
 
 
 def number(kind, interval):
@@ -100,7 +115,9 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay):
     run.add_argument("--save_dir", default="./saved_models/", metavar="DIR",
                      help="each run gets a folder in it, named after its settings")
     run.add_argument("--resume", default="", metavar="PATH",
-                     help="checkpoint to continue from; 'auto' is this run's own last one, if there is one")
+                     help="checkpoint to continue from; 'auto' is this run's own newest whole one, if there is one")
+    run.add_argument("--save-minutes", default=30.0, type=number(float, "[0, inf)"), metavar="MINUTES",
+                     help="write checkpoint_last also inside an epoch, when the last save is so long ago; 0 is never")
     run.add_argument("-p", "--print-freq", default=10, type=number(int, "[1, inf)"), metavar="N",
                      help="steps between two progress lines")
 

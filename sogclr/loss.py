@@ -55,7 +55,7 @@ class GlobalContrastiveLoss(nn.Module):
             raise ValueError(f"gamma must be in (0, 1], got {gamma}")
         self.temperature, self.gamma = temperature, gamma
         self.register_buffer("log_u", torch.full((num_samples,), -math.inf))
-        self.last_batch = None      # what `diagnostics` reads: all views [2B, D] and their log U [2B]
+        self.keys = self.log_U = None       # of the last global batch: all views [2B, D] and their log U [2B]
         self.scores = None
 
     @property
@@ -85,7 +85,7 @@ class GlobalContrastiveLoss(nn.Module):
 
         with torch.no_grad():
             anchors, norm = _unit_rows(z)
-            keys = _all_views(anchors)                                          # [2B, D]
+            keys = self.keys = _all_views(anchors)                              # [2B, D]
             log_count = math.log(len(keys) - 2)                                 # of the 2(B-1) negatives
             scores = self.scores = _Scores(anchors, keys, self.temperature, exclude_positive=True, reuse=self.scores)
             log_g = scores.log_sum - log_count                                  # [2b]
@@ -97,9 +97,8 @@ class GlobalContrastiveLoss(nn.Module):
             log_U = torch.logaddexp(log_old, log_gamma + log_g.view(2, b))      # [2, b]
             # One exchange tells every rank every image's U; float64 holds an index exactly.
             batch = all_gather(torch.stack([index.double(), *log_U.double()], dim=1))           # [B, 3]
-            log_U = batch[:, 1:].T.flatten().to(log_g.dtype)                    # [2B]
+            log_U = self.log_U = batch[:, 1:].T.flatten().to(log_g.dtype)       # [2B]
             self._update(batch[:, 0].long(), log_U)
-            self.last_batch = keys, log_U
 
             # sum_j (w_ij + w_ji) z_j / (2(B-1)), with w_ij = exp(s_ij/tau) / U_i
             gradient = scores.times_keys(-log_U - log_count).sub_(_positives(anchors), alpha=2)  # [2b, D]
@@ -121,7 +120,7 @@ class GlobalContrastiveLoss(nn.Module):
         alignment: mean |z_i^a - z_i^b|^2; uniformity: log mean exp(-2 |z_i - z_j|^2) over pairs of different images in
         the same view (Wang and Isola, arXiv 2005.10242).
         """
-        return _diagnostics(*self.last_batch, self.temperature)
+        return _diagnostics(self.keys, self.log_U, self.temperature)
 
 
 def plain_global_contrastive_loss(z1, z2, u, temperature, gamma):
@@ -162,8 +161,7 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         _check_temperature(temperature)
         self.temperature = temperature
-        self.last_batch = None      # what `diagnostics` reads: all views [2B, D]
-        self.scores = None
+        self.keys = self.scores = None      # of the last global batch: all views [2B, D]
 
     @_outside_autocast
     def forward(self, z1, z2, index=None):
@@ -172,7 +170,7 @@ class ContrastiveLoss(nn.Module):
         b, tau = len(z) // 2, self.temperature
         with torch.no_grad():
             anchors, norm = _unit_rows(z)
-            keys = self.last_batch = _all_views(anchors)
+            keys = self.keys = _all_views(anchors)
             scores = self.scores = _Scores(anchors, keys, tau, exclude_positive=False, reuse=self.scores)
             # sum_j (p_ij + p_ji) z_j / tau, with p_ij the share of view j in the softmax of anchor i
             positives = _positives(anchors)
@@ -183,9 +181,8 @@ class ContrastiveLoss(nn.Module):
     @torch.no_grad()
     def diagnostics(self):
         """As `GlobalContrastiveLoss.diagnostics`, with g of this batch in the place of U."""
-        keys = self.last_batch
-        scores = _Scores(keys, keys, self.temperature, exclude_positive=True)
-        return _diagnostics(keys, scores.log_sum - math.log(len(keys) - 2), self.temperature)
+        scores = _Scores(self.keys, self.keys, self.temperature, exclude_positive=True)
+        return _diagnostics(self.keys, scores.log_sum - math.log(len(self.keys) - 2), self.temperature)
 
 
 class _Loss(torch.autograd.Function):

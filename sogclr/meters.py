@@ -1,8 +1,11 @@
-"""Progress lines and accuracy."""
+"""Progress lines, accuracy, and a watch over the loss."""
 
+import math
 import time
 
 import torch
+
+from sogclr import InputError
 
 
 class AverageMeter:
@@ -58,6 +61,52 @@ class Progress:
         place = f"{self.prefix}[{step:{len(str(self.steps))}d}/{self.steps}]"
         return "  ".join([place, str(self.step_time), str(self.data_time), *map(str, meters),
                           f"{self.images_per_second:.0f} images/s", f"ETA {clock(left)}"])
+
+
+class LossWatch:
+    """Ends a run whose loss has become infinite or not a number, before anything of it is saved.
+
+    On a CPU it does so before that loss's gradient is taken. A GPU is not waited for: the host learns it some steps
+    later, when the weights in memory are spoiled, but those on disk are not.
+    cure: what to try, for the message.
+    """
+
+    def __init__(self, device, cure):
+        self.device, self.cure = device, cure
+        self.total = torch.zeros((), device=device)     # of all losses: once not finite, never finite again
+        self.on_its_way = None
+        if device.type == "cuda":
+            self.host, self.arrived = torch.zeros((), pin_memory=True), torch.cuda.Event()
+
+    def add(self, loss, keys, ranks, place):
+        """loss: 0-d, the global batch's; keys: [2B, D] its projections; place: epoch and step, in words.
+
+        Raises InputError, which names the ranks whose projections are not finite.
+        """
+        self.total = self.total + loss.detach()
+        if self.device.type == "cpu":
+            self.check(float(self.total), keys, ranks, place)
+        elif self.on_its_way is None or self.arrived.query():
+            if self.on_its_way:
+                self.check(float(self.host), *self.on_its_way)
+            self.host.copy_(self.total, non_blocking=True)
+            self.arrived.record()
+            self.on_its_way = keys, ranks, place
+
+    def check(self, total, keys, ranks, place):
+        if math.isfinite(total):
+            return
+        images = (~keys.isfinite().all(1)).view(2, ranks, -1).any(2).any(0)         # [ranks]
+        spoiled = ", ".join(str(rank) for rank in images.nonzero().flatten().tolist()) or "none"
+        raise InputError(f"the loss is {total} in {place} (ranks with projections that are not finite: {spoiled}); "
+                         f"{self.cure}; the checkpoints are from before")
+
+    def check_weights(self, model, place):
+        """Wait for the device, and raise InputError if a loss or a weight is not finite. Before each save."""
+        total = self.total + torch.stack([parameter.detach().sum() for parameter in model.parameters()]).sum()
+        if not math.isfinite(total):
+            raise InputError(f"the loss or a weight is not finite in {place}; {self.cure}; "
+                             "the checkpoints are from before")
 
 
 def clock(seconds):

@@ -1,6 +1,13 @@
 """Files that survive, and files that are not trusted."""
 
 import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,19 +21,137 @@ class Evil:
         return os.mkdir, ("evil",)
 
 
-def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    """When writing breaks off in the middle, the previous checkpoint must still load."""
-    path = tmp_path / "a.pth.tar"
-    checkpoint.save({"epoch": 1}, path)
+@pytest.fixture
+def small_files_only():
+    """A disk that takes no more than 10 kB a file, as a full one takes no more."""
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def torn(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save({"epoch": 2}, path)
-    assert checkpoint.load(path, "--resume") == {"epoch": 1}
+def test_failed_save_is_reported_and_leaves_the_old_file(tmp_path, small_files_only, capfd):
+    """Training must go on after a save for which there is no room; the next one may succeed."""
+    writer = checkpoint.Writer(tmp_path)
+    writer.save({"epoch": 1})
+    writer.save({"epoch": 2, "large": torch.zeros(10_000)})
+    writer.wait()
+    assert f"=> NOT saved: {tmp_path}: File too large" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.LAST]
+    assert checkpoint.load(tmp_path / checkpoint.LAST, "--resume") == {"epoch": 1}
+    with pytest.raises(InputError, match=f"--save_dir {tmp_path.parent}: the last save failed: File too large"):
+        writer.close()
+    writer.save({"epoch": 3}, "checkpoint_0002.pth.tar")
+    writer.close()
+    for name, epoch in ((checkpoint.LAST, 3), (checkpoint.PREVIOUS, 1), ("checkpoint_0002.pth.tar", 3)):
+        assert checkpoint.load(tmp_path / name, "--resume") == {"epoch": epoch}
+
+
+def test_save_takes_the_values_of_its_moment(tmp_path, monkeypatch):
+    """What training changes after `save` has returned must not reach the file, which is written in the background."""
+    go, original = threading.Event(), torch.save
+
+    def late(*args):
+        go.wait(10)
+        original(*args)
+
+    monkeypatch.setattr(torch, "save", late)
+    writer, weights = checkpoint.Writer(tmp_path), torch.zeros(3)
+    writer.save({"weights": weights, "nested": [{"momentum": weights}]})
+    weights += 1
+    go.set()
+    writer.close()
+    saved = checkpoint.load(tmp_path / checkpoint.LAST, "--resume")
+    assert not saved["weights"].any()
+    assert not saved["nested"][0]["momentum"].any()
+
+
+def test_a_vanished_folder_is_made_again(tmp_path):
+    """Somebody may clean up while a run goes on."""
+    writer = checkpoint.Writer(tmp_path / "run")
+    writer.save({"epoch": 1})
+    writer.wait()
+    shutil.rmtree(tmp_path / "run")
+    writer.save({"epoch": 2})
+    writer.close()
+    assert checkpoint.load(tmp_path / "run" / checkpoint.LAST, "--resume") == {"epoch": 2}
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damaged_files_are_never_read_as_something_else(tmp_path, damage):
+    """Cut anywhere: refused. A bit flipped anywhere: refused, or (between the records) without any effect."""
+    state = {"epoch": 3, "arch": "resnet18", "state_dict": {f"w{k}": torch.randn(40) for k in range(10)}}
+    checkpoint.save(state, tmp_path)
+    whole = (tmp_path / checkpoint.LAST).read_bytes()
+    directory = whole.rindex(b"PK\x01\x02")     # the last entry, which says what is a folder and must be left out
+    rng = np.random.default_rng(0)
+    places = [*rng.integers(len(whole), size=20 if damage == "truncated" else 200), *range(directory, directory + 46)]
+    refused = 0
+    for place in places:
+        torn = bytearray(whole)
+        if damage == "truncated":
+            del torn[place:]
+        else:
+            torn[place] ^= 1 << int(rng.integers(8)) if place < directory else 0x10
+        (tmp_path / "torn").write_bytes(torn)
+        try:
+            assert same(checkpoint.load(tmp_path / "torn", "--resume"), state)
+        except InputError as error:
+            assert f"--resume {tmp_path / 'torn'}: not a checkpoint that can be read" in str(error)     # noqa: PT017
+            refused += 1
+    assert refused == len(places) if damage == "truncated" else refused > len(places) / 2
+
+
+def test_auto_takes_the_newest_whole_checkpoint(tmp_path, capsys):
+    """A torn or foreign file must be named and skipped, and the one before it taken; none at all is an error."""
+    keys = ("epoch", "arch")
+    for epoch in range(1, 5):
+        checkpoint.save({"epoch": epoch, "arch": "resnet18"}, tmp_path, [f"checkpoint_{epoch - 1:04d}.pth.tar"])
+    last, previous, older = (tmp_path / name for name in (checkpoint.LAST, checkpoint.PREVIOUS,
+                                                          "checkpoint_0003.pth.tar"))
+    assert checkpoint.open_run(tmp_path, "auto", keys)[0] == str(last)
+    previous.write_bytes(previous.read_bytes()[:-100])
+    last.unlink()
+    torch.save({"model": 1}, last)
+    assert checkpoint.open_run(tmp_path, "auto", keys)[1]["epoch"] == 4     # checkpoint_0003 is a file of its own
+    said = capsys.readouterr().out
+    assert f"=> skipped --resume auto {last}: lacks epoch, arch" in said
+    assert f"=> skipped --resume auto {previous}: not a checkpoint" in said
+    for path in tmp_path.glob("*.tar"):
+        path.write_bytes(b"")
+    assert older.exists()
+    with pytest.raises(InputError, match=f"no checkpoint in {tmp_path} can be read"):
+        checkpoint.open_run(tmp_path, "auto", keys)
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from sogclr import checkpoint
+checkpoint.open_run(Path(sys.argv[1]), "auto", ())
+if os.fork() == 0:
+    print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path):
+    """As long as the first lives, and not a moment longer, although its forked workers may linger."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=Path(__file__).parents[1], text=True,
+                          stdout=subprocess.PIPE, start_new_session=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(InputError, match=rf"another run is writing to it \(process {holder.pid} on"):
+            checkpoint.open_run(tmp_path, "auto", ())
+        holder.kill()
+        holder.wait()
+        checkpoint.open_run(tmp_path, "auto", ())
+        os.killpg(holder.pid, signal.SIGKILL)
 
 
 def test_code_is_not_unpickled(tmp_path, monkeypatch):
@@ -60,10 +185,9 @@ def test_numpy_numbers_load(tmp_path):
 def test_run_is_not_overwritten(tmp_path):
     """A folder that holds a run must be refused without --resume, and found again by `auto`."""
     folder = tmp_path / "saved" / "run"
-    assert checkpoint.open_run(folder, "auto") == ""
-    checkpoint.save({}, folder / checkpoint.LAST)
-    assert checkpoint.open_run(folder, "auto") == str(folder / checkpoint.LAST)
-    assert checkpoint.open_run(folder, "other") == "other"
+    assert checkpoint.open_run(folder, "auto", ("epoch",)) == ("", {})
+    checkpoint.save({"epoch": 1}, folder)
+    assert checkpoint.open_run(folder, "auto", ("epoch",)) == (str(folder / checkpoint.LAST), {"epoch": 1})
     with pytest.raises(InputError, match="already holds a run"):
-        checkpoint.open_run(folder, "")
-    assert len((folder / "command.txt").read_text().splitlines()) == 3
+        checkpoint.open_run(folder, "", ("epoch",))
+    assert len((folder / "command.txt").read_text().splitlines()) == 2

@@ -1,0 +1,157 @@
+"""What happens in a long run: signals, kills, and going on afterwards, with the real scripts.
+
+`scripts/fault_test.py` does the same for longer, at random moments.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_scripts import ROOT, TINY, call, load, losses, newest, no_gpu  # noqa: F401 (a fixture)
+
+import lincls
+import train
+from sogclr import distributed
+
+
+def equal(a, b):
+    """Whether two checkpoints hold the same bits, but for where and how they were made."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a if key != "settings")
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize(("module", "workers", "number"), [
+    (train, 0, signal.SIGTERM), (train, 2, signal.SIGUSR1), (lincls, 1, signal.SIGINT)])
+def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, number, imagenet, tmp_path, monkeypatch,
+                                                              capsys):
+    """A signal must let the step end, save and exit with 75; the same command must then give the very same bits."""
+    command = ["--data", imagenet, *TINY, "--seed", 1, "--epochs", 3, "--workers", workers, "--resume", "auto"]
+    straight = call(module, *command, "--save_dir", tmp_path / "straight")
+    calls, original = iter(range(100)), distributed.stop_requested
+
+    def stop_requested():
+        if next(calls) == 4:                # in the second step of epoch 1
+            os.kill(os.getpid(), number)
+        return original()
+
+    monkeypatch.setattr(module, "stop_requested", stop_requested)
+    with pytest.raises(SystemExit, match="75"):
+        call(module, *command, "--save_dir", tmp_path / "cut")
+    assert (load(tmp_path / "cut")["epoch"], load(tmp_path / "cut")["step"]) == (1, 2)
+    assert f"=> {number.name}: stops after this step" in capsys.readouterr().err
+    resumed = call(module, *command, "--save_dir", tmp_path / "cut")
+    assert any(line.endswith("after 1 epochs and 2 steps") for line in resumed)
+    assert losses(resumed) == losses(straight)[5:]
+    assert equal(load(tmp_path / "straight"), load(tmp_path / "cut"))
+
+
+def test_saves_in_an_epoch(imagenet, tmp_path, monkeypatch):
+    """--save-minutes must write checkpoint_last between two epochs' ends, and 0 never."""
+    saves = []
+    monkeypatch.setattr(train.checkpoint.Writer, "save", lambda self, state, *_: saves.append(state["step"]))
+    for minutes, expected in ((1e-9, [1, 2, 3, 0]), (0, [0])):
+        saves.clear()
+        call(train, "--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path / str(minutes),
+             "--save-minutes", minutes)
+        assert saves == expected
+
+
+def test_save_freq(imagenet, tmp_path):
+    """Every --save-freq-th epoch and the last three stay."""
+    call(train, "--data", imagenet, *TINY, "--batch-size", 24, "--epochs", 8, "--save-freq", 3, "--save_dir", tmp_path)
+    assert {path.name for path in tmp_path.rglob("checkpoint_0*")} == {
+        f"checkpoint_{epoch:04d}.pth.tar" for epoch in (0, 3, 5, 6, 7)}
+
+
+class TwoRanks:
+    """`train.py` as two processes that a user has started by hand. Use as a context; `rank[0]` and `rank[1]` are Popens."""
+
+    def __init__(self, *flags):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            url = f"tcp://localhost:{probe.getsockname()[1]}"
+        command = [sys.executable, ROOT / "train.py", *TINY, "--world-size", 2, "--dist-url", url, *flags, "--rank"]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "error"}
+        self.rank = [subprocess.Popen([str(part) for part in (*command, rank)], env=env, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.rank:
+            process.kill()
+            process.communicate()
+
+    def wait_for(self, text):
+        """Read rank 0's output up to a line that holds the text."""
+        lines = []
+        for line in self.rank[0].stdout:
+            lines.append(line)
+            if text in line:
+                return lines
+        raise AssertionError("".join(lines) + self.rank[0].stderr.read())
+
+    def end(self):
+        """Each rank's output, error output and exit code."""
+        return [(*process.communicate(timeout=60), process.returncode) for process in self.rank]
+
+
+def test_two_ranks_stopped_and_killed_equal_undisturbed(imagenet, tmp_path):
+    """A signal to one rank must stop both; a killed rank must be named by the other, which must not hang; and what
+    `--resume auto` makes of it must be the undisturbed run, bit by bit.
+    """
+    flags = ["--data", imagenet, "--epochs", 14, "--seed", 3, "--resume", "auto", "--save-minutes", 1e-9]
+    with TwoRanks(*flags, "--save_dir", tmp_path / "straight") as straight:
+        assert [code for *_, code in straight.end()] == [0, 0]
+
+    flags += ["--save_dir", tmp_path / "cut"]
+    with TwoRanks(*flags) as run:
+        run.wait_for("Epoch: [2][1/3]")
+        run.rank[1].send_signal(signal.SIGUSR1)
+        (out, _, code), (_, error, other) = run.end()
+        assert (code, other) == (75, 75), error
+        assert re.search(r"=> stopped after epoch \d+, step \d; --resume auto", out)
+
+    with TwoRanks(*flags) as run:
+        run.wait_for("Epoch: [7][1/3]")
+        run.rank[1].kill()
+        start = time.monotonic()
+        (_, error, code), _ = run.end()
+        assert time.monotonic() - start < 30
+        assert code == 1
+        assert "train.py: rank 1 of 2 was lost, so the run stops; --resume auto" in error
+        assert "Traceback" not in error
+
+    with TwoRanks(*flags) as run:
+        run.wait_for("Epoch: [10][1/3]")
+        run.rank[0].kill()
+        _, (_, error, code) = run.end()
+        assert code == 1
+        assert "train.py: rank 0 of 2 was lost" in error
+
+    with TwoRanks(*flags) as run:
+        assert [code for *_, code in run.end()] == [0, 0]
+    assert equal(load(tmp_path / "straight"), load(tmp_path / "cut"))
+    assert newest(tmp_path / "cut", "checkpoint_0013.pth.tar").exists()
+
+
+def test_a_signal_to_the_launcher_stops_its_processes(imagenet, tmp_path):
+    """With --multiprocessing-distributed the process that the user sees only waits; it must hand the signal on."""
+    command = [sys.executable, ROOT / "train.py", "--data", imagenet, *TINY, "--epochs", 1000, "--save_dir", tmp_path,
+               "--multiprocessing-distributed", "--dist-backend", "gloo"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(list(map(str, command)), env=env, text=True, stdout=subprocess.PIPE) as launcher:
+        next(line for line in launcher.stdout if "Epoch: [1]" in line)
+        launcher.send_signal(signal.SIGTERM)
+        assert "=> stopped after epoch" in launcher.stdout.read()
+        assert launcher.wait(20) == 75
