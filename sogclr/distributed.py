@@ -136,7 +136,12 @@ def _check(args):
         raise InputError("--world-size 0: must be at least 1, or left out")
     if args.rank >= max(args.world_size, 1):
         raise InputError(f"--rank {args.rank}: must be below --world-size {max(args.world_size, 1)}")
-    here = os.environ.get("WORLD_SIZE")
+    if args.dist_url and not args.dist_url.startswith(("tcp://", "file://", "env://")):
+        raise InputError(f"--dist-url {args.dist_url}: must be tcp://HOST:PORT or env://")
+    here, lacking = os.environ.get("WORLD_SIZE"), {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if args.dist_url == "env://" and lacking and not dist.is_torchelastic_launched():
+        raise InputError(f"--dist-url env://: the environment lacks {' and '.join(sorted(lacking))}, set it "
+                         "or give tcp://HOST:PORT")
     if args.dist_url == "env://" and here and args.world_size > 1 and int(here) != args.world_size:
         raise InputError(f"--world-size {args.world_size}: the environment says WORLD_SIZE={here}, give that")
     if args.world_size > 1 and (args.rank < 0 or not args.dist_url):
@@ -152,6 +157,8 @@ def _free_port():
 
 def _require_free_port(url):
     """Raise InputError where rank 0 could not listen at `tcp://HOST:PORT`."""
+    if not url.startswith("tcp://"):
+        return
     port = urllib.parse.urlsplit(url).port
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # a port that was closed just now is free

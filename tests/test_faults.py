@@ -67,13 +67,13 @@ def test_saves_in_an_epoch(imagenet, tmp_path, monkeypatch):
 
 def test_save_freq(imagenet, tmp_path):
     """Every --save-freq-th epoch and the last three stay."""
-    call(train, "--data", imagenet, *TINY, "--batch-size", 24, "--epochs", 8, "--save-freq", 3, "--save_dir", tmp_path)
+    call(train, "--data", imagenet, *TINY, "--batch-size", 24, "--epochs", 6, "--save-freq", 2, "--save_dir", tmp_path)
     assert {path.name for path in tmp_path.rglob("checkpoint_0*")} == {
-        f"checkpoint_{epoch:04d}.pth.tar" for epoch in (0, 3, 5, 6, 7)}
+        f"checkpoint_{epoch:04d}.pth.tar" for epoch in (0, 2, 3, 4, 5)}
 
 
 class TwoRanks:
-    """`train.py` as two processes that a user has started by hand. Use as a context; `rank[0]` and `rank[1]` are Popens."""
+    """`train.py` as two processes that a user has started by hand, `rank[0]` and `rank[1]`. A context."""
 
     def __init__(self, *flags):
         with socket.socket() as probe:
@@ -110,20 +110,20 @@ def test_two_ranks_stopped_and_killed_equal_undisturbed(imagenet, tmp_path):
     """A signal to one rank must stop both; a killed rank must be named by the other, which must not hang; and what
     `--resume auto` makes of it must be the undisturbed run, bit by bit.
     """
-    flags = ["--data", imagenet, "--epochs", 14, "--seed", 3, "--resume", "auto", "--save-minutes", 1e-9]
+    flags = ["--data", imagenet, "--epochs", 8, "--seed", 3, "--resume", "auto", "--save-minutes", 0.01]
     with TwoRanks(*flags, "--save_dir", tmp_path / "straight") as straight:
         assert [code for *_, code in straight.end()] == [0, 0]
 
     flags += ["--save_dir", tmp_path / "cut"]
     with TwoRanks(*flags) as run:
-        run.wait_for("Epoch: [2][1/3]")
+        run.wait_for("Epoch: [1][1/3]")
         run.rank[1].send_signal(signal.SIGUSR1)
         (out, _, code), (_, error, other) = run.end()
         assert (code, other) == (75, 75), error
         assert re.search(r"=> stopped after epoch \d+, step \d; --resume auto", out)
 
     with TwoRanks(*flags) as run:
-        run.wait_for("Epoch: [7][1/3]")
+        run.wait_for("Epoch: [3][1/3]")
         run.rank[1].kill()
         start = time.monotonic()
         (_, error, code), _ = run.end()
@@ -133,7 +133,7 @@ def test_two_ranks_stopped_and_killed_equal_undisturbed(imagenet, tmp_path):
         assert "Traceback" not in error
 
     with TwoRanks(*flags) as run:
-        run.wait_for("Epoch: [10][1/3]")
+        run.wait_for("Epoch: [5][1/3]")
         run.rank[0].kill()
         _, (_, error, code) = run.end()
         assert code == 1
@@ -142,7 +142,41 @@ def test_two_ranks_stopped_and_killed_equal_undisturbed(imagenet, tmp_path):
     with TwoRanks(*flags) as run:
         assert [code for *_, code in run.end()] == [0, 0]
     assert equal(load(tmp_path / "straight"), load(tmp_path / "cut"))
-    assert newest(tmp_path / "cut", "checkpoint_0013.pth.tar").exists()
+    assert newest(tmp_path / "cut", "checkpoint_0007.pth.tar").exists()
+
+
+SRUN = """
+import os, signal, subprocess, sys
+nodes = [subprocess.Popen(sys.argv[2:], env=os.environ | {"SLURM_NODEID": str(node), "PYTHONUNBUFFERED": "1"},
+                          stdout=subprocess.PIPE, text=True) for node in (0, 1)]
+for line in nodes[0].stdout:
+    print(line, end="", flush=True)
+    if "Epoch: [1][0/" in line:
+        nodes[1].send_signal(signal.SIGUSR1)
+nodes[1].stdout.read()
+sys.exit(max(node.wait() for node in nodes))
+"""
+
+
+def test_slurm_puts_a_stopped_job_back(imagenet, tmp_path):
+    """Two machines (processes here) must be one run; after SLURM's warning to one of them all must save and exit with
+    75, and the job goes back into the queue.
+    """
+    for name, text in (("srun", f"#!{sys.executable}{SRUN}"), ("scontrol", f"""#!/bin/sh
+[ "$1" = show ] && echo localhost || echo "$@" >> {tmp_path}/requeued
+""")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                        "PYTHON": sys.executable, "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": "2",
+                        "SLURM_JOB_NODELIST": "any", "SLURM_JOB_ID": str(os.getpid()), "SLURM_CPUS_PER_TASK": "2"}
+    command = ["bash", ROOT / "scripts" / "slurm.sh", "--data", imagenet, *TINY, "--epochs", 1000,
+               "--save_dir", tmp_path / "saved"]
+    done = subprocess.run(list(map(str, command)), env=env, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "(4 a rank)" in done.stdout
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+    assert load(tmp_path / "saved")["epoch"] >= 1
 
 
 def test_a_signal_to_the_launcher_stops_its_processes(imagenet, tmp_path):

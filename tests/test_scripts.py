@@ -390,6 +390,14 @@ BAD = [
     ("train.py", ["--resume", "OTHER", "--arch", "resnet34"], "was made with --arch resnet18, not resnet34"),
     ("lincls.py", ["--pretrained", "OTHER", "--arch", "resnet50"], "was made with --arch resnet18, not resnet50"),
     ("train.py", ["--gpu", "7"], "--gpu 7: this machine shows"),
+    ("train.py", ["--gpu", "0", "--multiprocessing-distributed"], "--gpu 0: this machine shows 0 GPUs"),
+    ("train.py", ["--dist-backend", "nccl"], "--dist-backend nccl: needs GPUs"),
+    ("train.py", ["--resume", "EMPTY"], "--resume EMPTY: is a folder, give a file in it"),
+    ("train.py", ["--resume", "TEXT"], "--resume TEXT: not a checkpoint"),
+    ("lincls.py", ["--resume", "OTHER"], "is not a checkpoint of this script"),
+    ("train.py", ["--multiprocessing-distributed", "--dist-url", "USED"], "cannot be used (Address already in use)"),
+    ("train.py", ["--world-size", "2", "--rank", "0", "--dist-url", "USED"], "cannot be used (Address already in use)"),
+    ("train.py", ["--multiprocessing-distributed", "--dist-url", "localhost"], "--dist-url localhost: must be"),
     ("train.py", ["--world-size", "2", "--rank", "0"], "--world-size 2: needs"),
     ("train.py", ["--world-size", "2", "--rank", "2", "--dist-url", "tcp://localhost:1"], "--rank 2: must be below"),
     ("train.py", ["--unknown"], "unrecognized arguments: --unknown"),
@@ -397,29 +405,78 @@ BAD = [
 ]
 
 
+@pytest.fixture(scope="module")
+def used():
+    """A URL whose port is taken."""
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        yield f"tcp://localhost:{server.getsockname()[1]}"
+
+
 @pytest.mark.parametrize(("script", "flags", "message"), BAD, ids=[" ".join(case[1]) for case in BAD])
-def test_bad_input_is_one_line(script, flags, message, pretrained, imagenet, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line(script, flags, message, pretrained, imagenet, used, tmp_path, monkeypatch, capsys):
     """Exit code 2 and one line that names the flag or file; no traceback."""
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "TEXT").write_text("text")
-    names = {"OTHER": newest(pretrained[1], "checkpoint_0000.pth.tar"), "SUBSET": imagenet / "train" / "n01440764"}
+    names = {"OTHER": newest(pretrained[1], "checkpoint_0000.pth.tar"), "SUBSET": imagenet / "train" / "n01440764",
+             "USED": used}
     flags = [str(names.get(flag, flag)) for flag in flags]
     monkeypatch.chdir(tmp_path)
+    refused(script, ["--data", imagenet, *TINY, "--epochs", "1", *flags], message, monkeypatch, capsys)
+
+
+def refused(script, flags, message, monkeypatch, capsys):
+    """Run a script in this process; it must end with exit code 2 and one line that holds the message."""
     module = {"train.py": train, "lincls.py": lincls}[script]
     monkeypatch.setattr(sys, "argv", [script])
     monkeypatch.setattr(module.PARSER, "prog", script)
 
-    def main():
-        args = module.PARSER.parse_args(["--data", str(imagenet), *TINY, "--epochs", "1", *flags])
-        module.launch(module.main_worker, args)
-
     with pytest.raises(SystemExit) as caught:
-        main()
+        module.launch(module.main_worker, module.PARSER.parse_args(list(map(str, flags))))
     error = capsys.readouterr().err
     assert caught.value.code == 2
     assert message in error
     assert error.startswith(f"{script}: error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("environment", "flags", "message"), [
+    ({"TORCHELASTIC_RUN_ID": "1"}, ["--world-size", "2", "--rank", "0"], "torchrun sets these, leave them out"),
+    ({"TORCHELASTIC_RUN_ID": "1"}, ["--gpu", "0"], "torchrun sets these, leave them out"),
+    ({"WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+     ["--world-size", "2", "--rank", "0", "--dist-url", "env://"],
+     "--world-size 2: the environment says WORLD_SIZE=4, give that"),
+    ({}, ["--world-size", "2", "--rank", "0", "--dist-url", "env://"], "--dist-url env://: the environment lacks"),
+])
+def test_contradictions_with_the_environment(environment, flags, message, monkeypatch, capsys):
+    """What torchrun or the shell has set must not be overruled silently."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    refused("train.py", flags, message, monkeypatch, capsys)
+
+
+def test_more_gpus_than_there_are(monkeypatch, capsys):
+    """--gpu 7 of 4 must say which there are."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    refused("train.py", ["--gpu", "7"], "--gpu 7: this machine shows 4 GPUs, numbered 0 to 3", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("module", [train, lincls])
+def test_numbers_out_of_range_are_refused(module, capsys):
+    """Each numeric flag must refuse what lies outside its range, what is no number, and nan."""
+    numeric = [action for action in module.PARSER._actions if callable(action.type)]
+    assert len(numeric) >= 12
+    for action in numeric:
+        for value in ("-5", "nan", "many"):
+            with pytest.raises(SystemExit, match="2"):
+                module.PARSER.parse_args([f"{action.option_strings[0]}={value}"])
+            error = capsys.readouterr().err
+            assert f"{action.option_strings[-1]}: must be a" in error
+            assert error.count("\n") == 1
 
 
 def test_batch_that_ranks_cannot_share_is_refused(imagenet, tmp_path):

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""Kills a run at random moments and resumes it, until it has ended: it must be bit-equal to an undisturbed one.
+
+    python scripts/fault_test.py [--kills 25]
+
+Two processes on the CPU train on image files; `kill -9` hits one or both of them while they start, between two saves,
+or while a checkpoint is being written; then the same command starts again, with --resume auto. Takes some 20 seconds a
+kill. Exits with 1 where the results differ.
+"""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sogclr import checkpoint
+from sogclr.flags import Parser, number
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+IMAGES, BATCH = 64, 8
+PATIENCE = 60       # seconds in which the survivor of a kill must have ended
+
+
+class Run:
+    """The two processes, started as by hand on two machines."""
+
+    def __init__(self, data, folder, epochs):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            url = f"tcp://localhost:{probe.getsockname()[1]}"
+        flags = ["--data_name", "folder", "--data", data, "--arch", "resnet18", "--image-size", 32,
+                 "--stem", "imagenet", "--batch-size", BATCH, "--epochs", epochs, "--workers", 2, "--seed", 1,
+                 "--save_dir", folder, "--save-minutes", 0.005, "--print-freq", 1, "--resume", "auto",
+                 "--world-size", 2, "--dist-url", url]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.lines, self.errors = [], []
+        self.ranks = [subprocess.Popen([sys.executable, TRAIN, *map(str, flags), "--rank", str(rank)],
+                                       env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                      for rank in (0, 1)]
+        for process in self.ranks:
+            for stream, lines in ((process.stdout, self.lines), (process.stderr, self.errors)):
+                threading.Thread(target=lambda stream=stream, lines=lines: lines.extend(stream), daemon=True).start()
+
+    def wait_for(self, condition, seconds):
+        """Whether the condition has come true in that time, while both processes live."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and all(process.poll() is None for process in self.ranks):
+            if condition():
+                return True
+            time.sleep(0.001)
+        return False
+
+    def steps(self):
+        return [line for line in self.lines if line.startswith("Epoch: ")]
+
+    def end(self, seconds=None):
+        codes = [process.wait(seconds) for process in self.ranks]
+        if any(code > 1 for code in codes):
+            sys.exit("".join(["the run failed by itself:\n", *self.lines, *self.errors]))
+        return codes
+
+
+def kill_at_random(run, folder, rng):
+    """Choose a moment and the victims; return the moment's name, or None where the run had ended before."""
+    moment = rng.choice(("starting", "between saves", "between saves", "saving", "saving"))
+    if moment == "starting":
+        run.wait_for(lambda: False, rng.uniform(0, 10))
+    else:
+        run.wait_for(run.steps, PATIENCE * 4)
+        run.wait_for(lambda: False, rng.uniform(0, 2))
+    saving = any(folder.rglob("*.part"))
+    if moment == "saving":
+        saving = run.wait_for(lambda: any(folder.rglob("*.part")), 10)
+        run.wait_for(lambda: False, rng.uniform(0, 0.05))
+    if any(process.poll() is not None for process in run.ranks):
+        return None
+    for process in rng.choice((run.ranks, run.ranks[:1], run.ranks[1:])):
+        process.kill()
+    return "saving" if saving else "between saves" if run.steps() else "starting"
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key != "settings")
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def main():
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--kills", default=25, type=number(int, "[1, inf)"), metavar="N", help="how many")
+    parser.add_argument("--seed", default=0, type=number(int, "[0, inf)"), metavar="N", help="of the moments")
+    args = parser.parse_args()
+    rng, pixels = random.Random(args.seed), np.random.default_rng(0)
+    epochs = 4 + 3 * args.kills
+    with tempfile.TemporaryDirectory() as temporary:
+        data, straight, cut = (Path(temporary) / name for name in ("images", "straight", "cut"))
+        data.mkdir()
+        for k in range(IMAGES):
+            Image.fromarray(pixels.integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(data / f"{k}.jpg")
+
+        start = time.monotonic()
+        Run(data, straight, epochs).end()
+        print(f"undisturbed: {epochs} epochs of {IMAGES // BATCH} steps, {time.monotonic() - start:.0f} s", flush=True)
+        moments, seconds = [], []
+        while len(moments) < args.kills:
+            run = Run(data, cut, epochs)
+            moment = kill_at_random(run, cut, rng)
+            if moment is None:
+                break
+            killed = time.monotonic()
+            run.end(PATIENCE)
+            moments.append(moment)
+            seconds.append(time.monotonic() - killed)
+            skipped = sum("=> skipped" in line for line in run.lines)
+            print(f"kill {len(moments)}: {moment}, after {len(run.steps())} steps of this start, {skipped} damaged "
+                  f"files skipped, survivor ended after {seconds[-1]:.1f} s", flush=True)
+        Run(data, cut, epochs).end()
+        results = [checkpoint.load(next(folder.rglob(checkpoint.LAST)), "") for folder in (straight, cut)]
+    counts = ", ".join(f"{moments.count(moment)} {moment}" for moment in ("starting", "between saves", "saving"))
+    equal = same(*results)
+    print(f"{len(moments)} kills ({counts}), survivors ended after at most {max(seconds, default=0):.1f} s: the result "
+          + ("is bit-equal to the undisturbed run's" if equal else "is NOT that of the undisturbed run"))
+    sys.exit(0 if equal and len(moments) == args.kills else 1)
+
+
+if __name__ == "__main__":
+    main()
