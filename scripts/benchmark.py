@@ -197,7 +197,7 @@ def describe(args, training):
 
 def extrapolate(args, pairs_per_second):
     """What a speed means for ImageNet-1K, where it was measured on that recipe's network and size."""
-    if (args.arch, args.image_size, args.stem) == ("resnet50", 224, "auto"):
+    if (args.arch, args.image_size) == ("resnet50", 224) and args.stem != "cifar":
         for epochs in (100, 800):
             hours = epochs * IMAGENET_IMAGES / pairs_per_second / 3600
             print(f"extrapolated: {epochs} epochs * {IMAGENET_IMAGES:,} images / {pairs_per_second:.1f} pairs/s / 3600 "
@@ -229,7 +229,7 @@ def benchmark_step(args):
 
 def benchmark_train(args):
     """End to end from image files: what remains of the encoder's own speed, and the gain over the plain recipe."""
-    data = open_images(args)
+    data = open_images(args, args.image_size)
     steps = min(len(data.images) // args.batch_size, 100 if DEVICE.type == "cuda" else 10)     # a turn
     if steps < 2:
         raise InputError(f"--data {args.data}: holds {len(data.images)} images, 2 batches of --batch-size "
@@ -271,11 +271,11 @@ def benchmark_train(args):
     return rows
 
 
-def open_images(args):
+def open_images(args, image_size):
     """The images of --data, without their classes."""
     if not args.data:
         raise InputError(f"{args.mode}: give a folder of images with --data DIR")
-    return open_data_set("folder", args.data, "train", args.image_size, labels=False)
+    return open_data_set("folder", args.data, "train", image_size, labels=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def as_made(batch):
 
 def benchmark_data(args):
     """The PIL recipe in the workers, against two uint8 crops there and the colour on the device."""
-    data = open_images(args)
+    data = open_images(args, 224)
     size, batch_size = data.image_size, min(16, len(data.images) // 4)
     if not batch_size:
         raise InputError(f"--data {args.data}: holds {len(data.images)} images, 4 are needed at least")

@@ -309,7 +309,7 @@ class Loader:
     def epoch(self, epoch, first_step=0):
         """The batches from `first_step` on; those before it are neither read nor decoded."""
         contents = self.contents(epoch, first_step)
-        return self.ahead(contents) if self.side else map(self.upload, contents)
+        return map(self.upload, contents) if self.side is None else self.ahead(contents)
 
     def contents(self, epoch, first_step):
         """The workers' batches on the host. Raises the InputError that a worker met, or one at too many bad images."""
