@@ -99,16 +99,16 @@ def main_worker(args, device):
     resume, saved = checkpoint.open_run(folder, args.resume, CHECKPOINT_KEYS)
     seed = set_seed(args, saved)
 
-    # Data: uint8 crops from the workers; their colour is done on the device.
+    # Data: uint8 crops from the workers; their colour is done on the device, on a GPU beside the step before.
     sampler = EpochSampler(num_images, args.batch_size, seed, shuffle=True, drop_last=True)
     recipe = None
     if args.augment == "pil":
         recipe = pil_recipe(data.image_size, args.crop_min, data.mean, data.std, data.blur)
     views = TwoViews(data, seed, args.crop_min, Augment.num_draws, args.bad_images, recipe)
-    loader = Loader(views, sampler, args.workers, device)
     precision, dtype = resolve_precision(args.precision, device)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     augment = Augment(data.mean, data.std, data.blur, dtype, layout).to(device)
+    loader = Loader(views, sampler, args.workers, device, augment)
 
     # Model, loss, optimizer.
     stem = choose_stem(args.stem, data.image_size)
@@ -177,7 +177,7 @@ def main_worker(args, device):
             set_lr(optimizer, lr)
 
             with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
-                z1, z2 = net(augment(view1), augment(view2))            # [b, D] each
+                z1, z2 = net(view1, view2)                              # [b, D] each
             loss = criterion(z1, z2, index)
             watch.add(loss, criterion.keys, ranks, f"epoch {epoch}, step {step}")
 

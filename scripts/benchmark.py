@@ -1,14 +1,20 @@
 #!/usr/bin/env python3
-"""Speed and memory of the parts, each beside the plain way to write it, in the same run.
+"""Speed and memory of training and of its parts, each beside the plain way to write it, in the same run.
 
+    python scripts/benchmark.py step [--json FILE]     the training step, beside the encoder's passes alone
+    python scripts/benchmark.py train --data DIR       training on the images in DIR, beside the plain recipe
+    python scripts/benchmark.py lincls [--json FILE]   frozen features, as for the linear evaluation
     python scripts/benchmark.py loss [--json FILE]     GlobalContrastiveLoss, forward and backward
     python scripts/benchmark.py lars [--json FILE]     one LARS step on ResNet-50
     python scripts/benchmark.py data --data DIR        two 224-pixel views of each image in DIR, by worker processes
 
+The first three take train.py's --arch, --image-size, --batch-size, --precision, --stem and --workers; by default they
+measure ResNet-50 at 224 pixels in batches of 256 on a GPU, ResNet-18 at 64 pixels in batches of 64 on the CPU.
 Each figure is the median over repeats in which the contestants take turns, since machines are noisy. Runs on the GPU if
 there is one, else on the CPU.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -25,14 +31,16 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sogclr import InputError
-from sogclr.augment import Augment, pil_recipe
-from sogclr.flags import Parser, number
-from sogclr.loader import EpochSampler, TwoViews, open_data_set
+from sogclr.augment import Augment, Normalize, pil_recipe
+from sogclr.builder import SimCLR, choose_stem, resnet
+from sogclr.flags import ARCHITECTURES, Parser, number, resolve_precision
+from sogclr.loader import IMAGENET_MEAN_STD, EpochSampler, ImageSet, Loader, TwoViews, open_data_set, workers_per_rank
 from sogclr.loss import GlobalContrastiveLoss
 from sogclr.optimizer import LARS
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IMAGENET_IMAGES = 1_281_167
 
 
 def synchronize():
@@ -40,18 +48,29 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def milliseconds(contestants, repeats):
-    """The median time of each function in a dict, taking turns."""
+def turns(contestants, repeats, calls=1):
+    """{name: function}, taking turns -> {name: [ms of a call in each repeat]}. `calls`: in a row, a turn."""
     times = {name: [] for name in contestants}
     for repeat in range(repeats + 2):       # two to warm up
         for name, function in contestants.items():
             synchronize()
             start = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             synchronize()
             if repeat >= 2:
-                times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append(1000 * (time.perf_counter() - start) / calls)
+    return times
+
+
+def milliseconds(contestants, repeats):
+    """The median time of each function in a dict, taking turns."""
+    return {name: statistics.median(times) for name, times in turns(contestants, repeats).items()}
+
+
+def median_ratio(times, others):
+    """Of two contestants' times: the median of each turn's ratio, which a slow spell of the machine does not move."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def peak_bytes(function):
@@ -74,11 +93,223 @@ def peak_bytes(function):
 
 def table(rows):
     """Print dicts with equal keys as columns."""
-    columns = {key: [key, *(f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for row in rows)]
-               for key in rows[0]}
+    def cell(value):
+        if isinstance(value, float):
+            return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        return "" if value is None else str(value)
+
+    columns = {key: [key, *(cell(row[key]) for row in rows)] for key in rows[0]}
     widths = {key: max(map(len, cells)) for key, cells in columns.items()}
     for line in zip(*columns.values(), strict=True):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths.values(), strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def memory_layout():
+    return torch.channels_last if DEVICE.type == "cuda" else torch.contiguous_format
+
+
+def resident_view(args):
+    """A view as the loader makes it, of random crops, on the device."""
+    crops = torch.randint(0, 256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
+    draws = torch.rand(args.batch_size, Augment.num_draws)
+    return crops.to(DEVICE, memory_format=torch.channels_last), draws.to(DEVICE)
+
+
+class Training:
+    """train.py's step in one process, with its defaults, and the parts of it."""
+
+    def __init__(self, args, data):
+        self.precision, self.dtype = resolve_precision(args.precision, DEVICE)
+        encoder = resnet(args.arch, choose_stem(args.stem, data.image_size), zero_init_residual=True)
+        self.model = SimCLR(encoder).to(DEVICE, memory_format=memory_layout())
+        self.augment = Augment(data.mean, data.std, data.blur, self.dtype, memory_layout()).to(DEVICE)
+        self.criterion = GlobalContrastiveLoss(IMAGENET_IMAGES).to(DEVICE)
+        self.optimizer = LARS(self.model.parameters(), lr=1e-3, weight_decay=1e-6)
+        self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=self.precision == "fp16")
+        # What the parts work on when they are measured alone.
+        self.views = resident_view(args), resident_view(args)
+        self.index = torch.randperm(IMAGENET_IMAGES)[:args.batch_size]
+        self.images = [self.augment(view) for view in self.views]
+        self.z = [z.detach().requires_grad_() for z in self.encode(*self.images)]
+        self.z_grads = [torch.randn_like(z) for z in self.z]
+
+    def encode(self, view1, view2):
+        with torch.autocast(DEVICE.type, self.dtype, enabled=self.precision != "fp32"):
+            return self.model(view1, view2)
+
+    def step(self, view1, view2, index):
+        loss = self.criterion(*self.encode(view1, view2), index)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def full_step(self):
+        self.step(*map(self.augment, self.views), self.index)
+
+    def floor(self):
+        """The two views' passes forward and backward through the encoder, which no code around it can save."""
+        z = self.encode(*self.images)
+        self.optimizer.zero_grad()
+        torch.autograd.backward(z, self.z_grads)
+
+    def augment_alone(self):
+        for view in self.views:
+            self.augment(view)
+
+    def loss_alone(self):
+        self.criterion(*self.z, self.index).backward()
+        for z in self.z:
+            z.grad = None
+
+
+class PlainTraining:
+    """The step as it is usually written: fp16 with a scaler, contiguous images, the estimator on the host, one
+    parameter at a time, and the loss read in every step. On the CPU fp32.
+    """
+
+    def __init__(self, args, data):
+        encoder = resnet(args.arch, choose_stem(args.stem, data.image_size), zero_init_residual=True)
+        self.model = SimCLR(encoder).to(DEVICE)
+        self.criterion = DirectTranscription(IMAGENET_IMAGES)
+        self.optimizer = OneByOne(self.model.parameters(), lr=1e-3, weight_decay=1e-6)
+        self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=DEVICE.type == "cuda")
+
+    def step(self, view1, view2, index):
+        view1, view2 = (images.to(DEVICE, non_blocking=True) for images, _ in (view1, view2))
+        with torch.autocast(DEVICE.type, torch.float16, enabled=self.scaler.is_enabled()):
+            z1, z2 = self.model(view1, view2)
+        loss = self.criterion(z1.float(), z2.float(), index)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.item()
+
+
+def describe(args, training):
+    print(f"{args.arch} at {args.image_size} pixels, batch {args.batch_size}, {training.precision}")
+
+
+def extrapolate(args, pairs_per_second):
+    """What a speed means for ImageNet-1K, where it was measured on that recipe's network and size."""
+    if (args.arch, args.image_size) == ("resnet50", 224) and args.stem != "cifar":
+        for epochs in (100, 800):
+            hours = epochs * IMAGENET_IMAGES / pairs_per_second / 3600
+            print(f"extrapolated: {epochs} epochs * {IMAGENET_IMAGES:,} images / {pairs_per_second:.1f} pairs/s / 3600 "
+                  f"= {hours:.1f} hours")
+
+
+def benchmark_step(args):
+    """train.py's step from crops that are on the device already, beside the encoder's passes alone."""
+    training = Training(args, ImageSet(None, args.image_size, *IMAGENET_MEAN_STD))
+    contestants = {"floor: encoder alone": training.floor, "full step": training.full_step,
+                   "of which augment": training.augment_alone, "of which loss": training.loss_alone,
+                   "of which LARS": training.optimizer.step}
+    calls = 10 if DEVICE.type == "cuda" else 1      # training keeps a GPU's queue full
+    times = turns(contestants, args.repeats, calls)
+    floor, rows = next(iter(times.values())), []
+    for name, values in times.items():
+        ms = statistics.median(values)
+        rows.append({"what": name, "ms": ms, "% of floor": 100 * median_ratio(values, floor),
+                     "pairs/s": 1000 * args.batch_size / ms, "peak MiB": None})
+    for row, function in zip(rows[:2], (training.floor, training.full_step), strict=True):
+        row["peak MiB"] = peak_bytes(lambda function=function: (function(), training.optimizer.zero_grad())) / 2**20
+    for row in rows[2:]:
+        row["pairs/s"] = None       # a part alone trains nothing
+    describe(args, training)
+    print("peak memory: activations, gradients and what else a step allocates")
+    extrapolate(args, rows[1]["pairs/s"])
+    return rows
+
+
+def benchmark_train(args):
+    """End to end from image files: what remains of the encoder's own speed, and the gain over the plain recipe."""
+    data = open_images(args, args.image_size)
+    steps = min(len(data.images) // args.batch_size, 100 if DEVICE.type == "cuda" else 10)     # a turn
+    if steps < 2:
+        raise InputError(f"--data {args.data}: holds {len(data.images)} images, 2 batches of --batch-size "
+                         f"{args.batch_size} are needed at least")
+    sampler = EpochSampler(steps * args.batch_size, args.batch_size, shuffle=True, drop_last=True)
+    training, plain = Training(args, data), PlainTraining(args, data)
+    loader = Loader(TwoViews(data, 0, 0.08, Augment.num_draws, "skip"), sampler, args.workers, DEVICE, training.augment)
+    recipe, workers = pil_recipe(data.image_size, 0.08, data.mean, data.std, data.blur), workers_per_rank(args.workers)
+    plain_loader = torch.utils.data.DataLoader(
+        TwoViews(data, 0, 0.08, Augment.num_draws, "skip", recipe), batch_sampler=sampler, collate_fn=as_made,
+        num_workers=workers, pin_memory=DEVICE.type == "cuda", persistent_workers=workers > 0)
+    contestants = {     # the step, and a turn's batches
+        "floor: encoder alone": (training.floor, lambda turn: itertools.repeat((), steps)),
+        "full step": (training.full_step, lambda turn: itertools.repeat((), steps)),
+        "full step and loader": (training.step, loader.epoch),
+        "plain recipe and loader": (plain.step, lambda turn: (batch.content for batch in plain_loader))}
+    times = {name: [] for name in contestants}
+    for turn in range(max(args.repeats // 6, 1) + 1):       # one to warm up
+        for name, (step, epoch) in contestants.items():
+            batches = iter(epoch(turn))
+            step(*next(batches))        # when the workers' first batches are there
+            synchronize()
+            start = time.perf_counter()
+            for batch in batches:
+                step(*batch)
+            synchronize()
+            if turn:
+                times[name].append(1000 * (time.perf_counter() - start) / (steps - 1))
+    floor, *_, slowest = times.values()
+    rows = []
+    for name, values in times.items():
+        ms = statistics.median(values)
+        rows.append({"what": name, "ms": ms, "pairs/s": 1000 * args.batch_size / ms,
+                     "% of floor's speed": 100 * median_ratio(floor, values),
+                     "times the plain recipe": median_ratio(slowest, values)})
+    describe(args, training)
+    print(f"turns of {steps} steps, the first of each not counted; {workers} workers")
+    extrapolate(args, rows[2]["pairs/s"])
+    return rows
+
+
+def open_images(args, image_size):
+    """The images of --data, without their classes."""
+    if not args.data:
+        raise InputError(f"{args.mode}: give a folder of images with --data DIR")
+    return open_data_set("folder", args.data, "train", image_size, labels=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def benchmark_lincls(args):
+    """The frozen encoder's features as lincls.py computes them, against float32, contiguous, under no_grad."""
+    precision, dtype = resolve_precision(args.precision, DEVICE)
+    crops, _ = resident_view(args)
+    normalize = Normalize(*IMAGENET_MEAN_STD).to(DEVICE)
+    encoders = {}
+    for name, layout in (("ours", memory_layout()), ("plain", torch.contiguous_format)):
+        encoder = resnet(args.arch, choose_stem(args.stem, args.image_size))
+        encoder.fc = torch.nn.Identity()
+        encoders[name] = encoder.requires_grad_(False).eval().to(DEVICE, memory_format=layout)
+
+    @torch.inference_mode()
+    def ours():
+        with torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32"):
+            return encoders["ours"](normalize(crops)).float()
+
+    contiguous = crops.contiguous()
+
+    @torch.no_grad()
+    def plain():
+        return encoders["plain"](normalize(contiguous))
+
+    times = turns({"ours": ours, "plain": plain}, args.repeats, 10 if DEVICE.type == "cuda" else 1)
+    ms = {name: statistics.median(values) for name, values in times.items()}
+    print(f"features of {args.arch} at {args.image_size} pixels, batch {args.batch_size}: {precision} under inference "
+          "mode, against fp32, contiguous, under no_grad")
+    return [{"plain ms": ms["plain"], "ours ms": ms["ours"], "ratio": median_ratio(times["plain"], times["ours"]),
+             "ours images/s": 1000 * args.batch_size / ms["ours"]}]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +344,7 @@ class DirectTranscription:
 
 def benchmark_loss(args):
     """GlobalContrastiveLoss against the direct transcription, N of ImageNet-1K, D = 128."""
-    N, D, rows = 1_281_167, 128, []
+    N, D, rows = IMAGENET_IMAGES, 128, []
     for B in (64, 256, 1024, 4096):
         z1, z2 = (torch.randn(B, D, device=DEVICE, requires_grad=True) for _ in range(2))
         index = torch.randperm(N)[:B]
@@ -193,9 +424,7 @@ def as_made(batch):
 
 def benchmark_data(args):
     """The PIL recipe in the workers, against two uint8 crops there and the colour on the device."""
-    if not args.data:
-        raise InputError("data: give a folder of images with --data DIR")
-    data = open_data_set("folder", args.data, "train", labels=False)
+    data = open_images(args, 224)
     size, batch_size = data.image_size, min(16, len(data.images) // 4)
     if not batch_size:
         raise InputError(f"--data {args.data}: holds {len(data.images)} images, 4 are needed at least")
@@ -225,17 +454,37 @@ def benchmark_data(args):
                        "ours_2 / ours_1": figures["ours_2"] / figures["ours_1"], "device": 64 / ms * 1000}]
 
 
-MODES = {"loss": benchmark_loss, "lars": benchmark_lars, "data": benchmark_data}
+MODES = {"step": benchmark_step, "train": benchmark_train, "lincls": benchmark_lincls,
+         "loss": benchmark_loss, "lars": benchmark_lars, "data": benchmark_data}
 
 
-def main():
+def build_parser():
+    gpu = DEVICE.type == "cuda"
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("mode", choices=tuple(MODES), help="what to measure")
     parser.add_argument("--repeats", default=30, type=number(int, "[1, inf)"), metavar="N",
                         help="repeats, fewer in the longest cases")
-    parser.add_argument("--data", metavar="DIR", help="for data: a folder of images")
+    parser.add_argument("--data", metavar="DIR", help="for train and data: a folder of images")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    training = parser.add_argument_group("step, train and lincls", "As in train.py.")
+    training.add_argument("-a", "--arch", default="resnet50" if gpu else "resnet18", choices=ARCHITECTURES,
+                          metavar="ARCH", help="torchvision ResNet")
+    training.add_argument("--stem", default="auto", choices=("auto", "imagenet", "cifar"), help="first layers")
+    training.add_argument("--image-size", default=224 if gpu else 64, type=number(int, "[8, inf)"), metavar="PIXELS",
+                          help="side of the square crop")
+    training.add_argument("-b", "--batch-size", default=256 if gpu else 64, type=number(int, "[2, inf)"), metavar="N",
+                          help="images in a batch")
+    training.add_argument("--precision", choices=("bf16", "fp16", "fp32"),
+                          help="of our encoder (default: bf16 on a GPU that has it, else fp16; fp32 on the CPU)")
+    training.add_argument("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N",
+                          help="for train: data loading processes, at most one a core")
+    return parser
+
+
+def main():
+    parser = build_parser()
     args = parser.parse_args()
+    torch.backends.cudnn.benchmark = True       # as train.py without --seed
     hardware = torch.cuda.get_device_name() if DEVICE.type == "cuda" else \
         f"CPU ({platform.processor() or platform.machine()}), {torch.get_num_threads()} threads"
     print(f"{args.mode} on {hardware}, torch {torch.__version__}")

@@ -56,7 +56,7 @@ class Augment(nn.Module):
         images, draws = (part.to(self.normalize.mean.device, non_blocking=True) for part in view)
         if images.is_floating_point():
             return images.to(self.dtype, memory_format=self.memory_format)
-        images = images.float() / 255
+        images = images.contiguous() / 255      # a channel's pixels side by side: most of what follows is by channel
         images = color_jitter(images, *jitter_parameters(draws[:, :9]))
         images = torch.lerp(images, luma(images), (draws[:, 9] < P_GREY).to(images)[:, None, None, None])
         if self.blur:
@@ -99,8 +99,8 @@ def _blend(images, operation, factors, active):
     factor = torch.where(active, factors.gather(1, operation[:, None])[:, 0], 1.0)
     grey = luma(images)
     mean = grey.mean(dim=(1, 2, 3), keepdim=True)
-    other = mean * _each(operation == 1) + grey * _each(operation == 2)
-    return (_each(factor) * images + _each(1 - factor) * other).clamp_(0, 1)    # exactly `images` where factor is 1
+    other = torch.addcmul(mean * _each(operation == 1), grey, _each(operation == 2).to(grey))
+    return torch.lerp(other, images, _each(factor)).clamp_(0, 1)        # exactly `images` where factor is 1
 
 
 def _each(values):
@@ -111,7 +111,7 @@ def _each(values):
 def luma(images):
     """[B, 3, H, W] -> [B, 1, H, W] grey, with torchvision's weights."""
     r, g, b = images.unbind(1)
-    return (_LUMA[0] * r + _LUMA[1] * g + _LUMA[2] * b)[:, None]
+    return (_LUMA[0] * r).add_(g, alpha=_LUMA[1]).add_(b, alpha=_LUMA[2])[:, None]
 
 
 def adjust_hue(images, shift):
@@ -122,11 +122,8 @@ def adjust_hue(images, shift):
     safe = torch.where(chroma > 0, chroma, 1.0)
     hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     hue = hue + 6 * shift[:, None, None]                                        # in sixths of a turn
-    channels = []
-    for n in (5, 3, 1):
-        k = (hue + n) % 6
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
-    return torch.stack(channels, dim=1)
+    k = (hue[:, None] + torch.arange(5, 0, -2, device=hue.device)[:, None, None]) % 6      # [B, 3, H, W]
+    return torch.addcmul(value[:, None], chroma[:, None], torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
 
 
 def gaussian_blur(images, sigma):

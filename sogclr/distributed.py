@@ -345,7 +345,8 @@ def set_seed(args, saved):
 
 
 def data_parallel(model, device):
-    """The model itself in a single process, else in DistributedDataParallel.
+    """The model itself in a single process, else in DistributedDataParallel, which may take it for granted
+    (`static_graph`) that every step uses every parameter, as often as the first step did.
 
     Buffers are not synchronised at each forward: SyncBatchNorm keeps its statistics equal on GPUs, and on CPUs, where
     BatchNorm is each rank's own, rank 0's are saved.
@@ -356,7 +357,7 @@ def data_parallel(model, device):
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True, **{buffers: False})
+                                   gradient_as_bucket_view=True, static_graph=True, **{buffers: False})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

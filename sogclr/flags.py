@@ -105,8 +105,8 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay):
     optim.add_argument("--wd", "--weight-decay", dest="weight_decay", default=weight_decay,
                        type=number(float, "[0, inf)"), metavar="W", help="weight decay")
     optim.add_argument("--precision", choices=("bf16", "fp16", "fp32"),
-                       help="of the encoder's arithmetic; the loss is always float32 "
-                            "(default: bf16 on a GPU that has it, else fp16; fp32 on the CPU)")
+                       help="of the encoder's arithmetic; the loss is always float32; with fp32 a GPU's convolutions "
+                            "use TF32 (default: bf16 on a GPU that has it, else fp16; fp32 on the CPU)")
     optim.add_argument("--seed", type=number(int, "[0, 4294967295]"), metavar="N",
                        help="seed of weights, order and augmentation; also makes cuDNN deterministic "
                             "(default: a new one, printed)")
@@ -144,7 +144,11 @@ def non_defaults(parser, args, names):
 
 
 def resolve_precision(precision, device):
-    """`--precision` (None for this device's default) -> "bf16", "fp16" or "fp32", and its torch dtype."""
+    """`--precision` (None for this device's default) -> "bf16", "fp16" or "fp32", and its torch dtype.
+
+    On a GPU float32 is computed as torch's defaults have it, which are what we want: convolutions in TF32, matrix
+    products, of which the loss is made, in full float32.
+    """
     if precision is None:
         precision = "fp32"
         if device.type == "cuda":

@@ -285,16 +285,19 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 class Loader:
-    """Batches of a data set, made by worker processes and copied to the device ahead of their use.
+    """Batches of a data set, made by worker processes, copied to the device, and there prepared for their use.
 
+    prepare: None, or what to do with each view on the device (the `Augment` of train.py).
     `loader.epoch(e)` iterates over epoch e. Indices stay on the host, where they can be checked without waiting.
+    On a GPU a batch is copied and prepared on a side stream while the step before it runs.
     """
 
     MOST_BAD = 0.01     # of a rank's images in an epoch; more stop the run although they are skipped
 
-    def __init__(self, batches, sampler, workers, device):
+    def __init__(self, batches, sampler, workers, device, prepare=None):
         workers = workers_per_rank(workers)
-        self.sampler, self.device = sampler, device
+        self.sampler, self.device, self.prepare = sampler, device, prepare
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.reported = set()
         self.loader = torch.utils.data.DataLoader(
             batches, batch_sampler=sampler, collate_fn=_as_made, num_workers=workers, pin_memory=device.type == "cuda",
@@ -305,9 +308,13 @@ class Loader:
 
     def epoch(self, epoch, first_step=0):
         """The batches from `first_step` on; those before it are neither read nor decoded."""
+        contents = self.contents(epoch, first_step)
+        return map(self.upload, contents) if self.side is None else self.ahead(contents)
+
+    def contents(self, epoch, first_step):
+        """The workers' batches on the host. Raises the InputError that a worker met, or one at too many bad images."""
         self.sampler.epoch, self.sampler.first_step = epoch, first_step
-        allowed = self.MOST_BAD * self.sampler.num_images / world_size()
-        bad_now, ahead = 0, None
+        allowed, bad_now = self.MOST_BAD * self.sampler.num_images / world_size(), 0
         for batch in self.loader:
             if isinstance(batch, InputError):
                 raise batch
@@ -316,19 +323,44 @@ class Loader:
             if bad_now > allowed:
                 raise InputError(f"--bad-images skip: {bad_now} unreadable images by now in epoch {epoch}, more than "
                                  f"{self.MOST_BAD:.0%} of the data set, such as {next(iter(batch.bad.values()))}")
-            if ahead is not None:
-                yield ahead
-            ahead = self.upload(batch.content)
-        if ahead is not None:
-            yield ahead
+            yield batch.content
+
+    def ahead(self, contents):
+        """`upload` on the side stream, one batch ahead of the caller, whose stream waits for a batch's own event alone.
+
+        Memory: a tensor belongs to the side stream, where it was made. `record_stream` keeps it from being handed out
+        there again until the caller's stream has done what it was given before the tensor was dropped. The pinned
+        source of a copy is kept by its allocator until the copy is done.
+        """
+        self.side.wait_stream(torch.cuda.current_stream(self.device))   # what `prepare` reads was made there
+        ready = None
+        for content in contents:
+            with torch.cuda.stream(self.side):
+                coming = self.upload(content), self.side.record_event()
+            if ready:
+                yield self.handed_over(*ready)
+            ready = coming
+        if ready:
+            yield self.handed_over(*ready)
+
+    def handed_over(self, batch, event):
+        """The batch, for use on the caller's stream."""
+        main = torch.cuda.current_stream(self.device)
+        main.wait_event(event)
+        for view in batch[:-1]:
+            for tensor in view if isinstance(view, tuple) else (view,):
+                tensor.record_stream(main)
+        return batch
 
     def upload(self, content):
-        """Start copying the images (and what is drawn for them) to the device; the last item stays on the host."""
+        """Copy the images (and what is drawn for them) to the device and prepare them; the last item stays on the host.
+        """
         def move(part):
             if isinstance(part, (tuple, list)):     # pinning makes lists of tuples in some releases of torch
                 return tuple(map(move, part))
             return part.to(self.device, non_blocking=True)
-        return *map(move, content[:-1]), content[-1]
+        views = map(move, content[:-1])
+        return *(map(self.prepare, views) if self.prepare else views), content[-1]
 
     def report(self, bad):
         """Each unreadable file once, by the rank that met it."""

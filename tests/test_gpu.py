@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+import train
 from sogclr.augment import Augment
+from sogclr.loader import EpochSampler, Loader, TwoViews, open_data_set
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
 from sogclr.optimizer import LARS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+              pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]     # torch's, at each use
 
 
 @pytest.fixture
@@ -61,3 +64,76 @@ def test_augmentation_equals_the_cpus(no_waiting):
     ours = stage(view)
     torch.cuda.set_sync_debug_mode("default")
     assert (ours.cpu() - expected).abs().max() < 1e-4
+
+
+TEN_MS = 20_000_000     # clock cycles, more or less
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("late", ["side", "main", "neither"])
+def test_batches_made_ahead_are_never_read_too_early_nor_overwritten(late, workers, imagenet):
+    """With either stream late, each batch must be what it is without a side stream, although all memory that is free
+    for others holds NaN at any time.
+    """
+    data = open_data_set("imagenet1000", imagenet, "train", image_size=64)
+    views = TwoViews(data, 0, 0.08, Augment.num_draws)
+    sampler = EpochSampler(24, 4, 0, shuffle=True, drop_last=True)
+    stage = Augment(data.mean, data.std, data.blur).cuda()
+
+    def prepare(view):      # late between the copies of the two views too, when their pinned source may be given up
+        if late == "side":
+            torch.cuda._sleep(TEN_MS)
+        return stage(view)
+
+    def poison(stream):
+        """Write NaN into the memory that would be given out next on a stream (None: the caller's)."""
+        with torch.cuda.stream(stream):
+            _ = [torch.full((4, channels, 64, 64), float("nan"), device="cuda")
+                 for channels in (3, 1) for _ in range(40)]
+
+    expected = [[stage(view).cpu() for view in batch[:2]]
+                for batch in Loader(views, sampler, 0, torch.device("cpu")).epoch(0)]
+    loader = Loader(views, sampler, workers, torch.device("cuda"), prepare)
+    poison(loader.side)
+    poison(None)
+    seen = []
+    for view1, view2, index in loader.epoch(0):
+        if late == "main":
+            torch.cuda._sleep(TEN_MS)
+        seen.append([view1.clone(), view2.clone()])
+        assert not index.is_cuda
+        del view1, view2        # dropped while the main stream has still to read them
+        poison(loader.side)
+        poison(None)
+    assert len(seen) == len(expected) == 6
+    for ours, theirs in zip(seen, expected, strict=True):
+        for view, other in zip(ours, theirs, strict=True):
+            assert torch.allclose(view.cpu(), other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [[], ["--loss_type", "cl"], ["--precision", "fp32", "--augment", "pil"]])
+def test_training_never_waits_for_the_device_between_two_prints(flags, imagenet, tmp_path, monkeypatch):
+    """Whole steps of train.py, from the loader to LARS: no synchronisation but where a line is printed."""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        flags = [*flags, "--precision", "fp32"]     # the scaler of fp16 has to wait
+    steps, print_freq, seen = 6, 5, []              # an epoch prints at its first and last step
+    set_lr = train.set_lr
+
+    def watched(*args):
+        """At the start of a step. The first epoch, in which libraries set themselves up, may wait."""
+        watch = len(seen) > steps and len(seen) % steps % print_freq != 0
+        torch.cuda.set_sync_debug_mode("error" if watch else "default")
+        seen.append(watch)
+        set_lr(*args)
+
+    monkeypatch.setattr(train, "set_lr", watched)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    args = train.PARSER.parse_args(
+        ["--data", str(imagenet), "--arch", "resnet18", "--stem", "imagenet", "--image-size", "64", "--batch-size", "4",
+         "--workers", "1", "--gpu", "0", "--epochs", "2", "--warmup-epochs", "1", "--print-freq", str(print_freq),
+         "--save_dir", str(tmp_path), *flags])
+    try:
+        train.launch(train.main_worker, args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert seen == [False] * 7 + [True] * 4 + [False]

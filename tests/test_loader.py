@@ -1,5 +1,6 @@
 """What is seen, in which order, and on what it depends."""
 
+import contextlib
 import math
 import os
 import warnings
@@ -324,6 +325,74 @@ def test_pinned_batches_may_come_as_lists(data):
         view1, view2, last = loader.upload(content)
         assert view1[0] is view2[0] is crops
         assert last is index
+
+
+def test_views_are_prepared_once_and_in_order(data):
+    """`prepare` must be applied to each view just before its batch is yielded, and change nothing else."""
+    prepared = []
+
+    def prepare(view):
+        prepared.append(view)
+        return view[0].float() + view[1].mean()
+
+    sampler = EpochSampler(24, 6, 1, shuffle=True, drop_last=True)
+    batches = Loader(TwoViews(data, 1, 0.08, 11), sampler, 0, CPU, prepare).epoch(0, first_step=1)
+    expected = epoch_of(data, 1, 0)[1:]
+    for step, (batch, (*views, index)) in enumerate(zip(batches, expected, strict=True)):
+        assert len(prepared) == 2 * (step + 1)
+        for ours, view, seen in zip(batch[:2], views, prepared[-2:], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(view, seen, strict=True))
+            assert torch.equal(ours, view[0].float() + view[1].mean())
+        assert torch.equal(batch[2], index)
+
+
+class FakeStream:
+    """Writes down what a CUDA stream is told."""
+
+    def __init__(self, log, name):
+        self.log, self.name, self.events = log, name, 0
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self):
+        self.events += 1
+        self.log.append(f"event {self.events}")
+        return f"event {self.events}"
+
+
+def test_next_batch_is_issued_before_this_one_is_handed_over(data, monkeypatch):
+    """On a GPU: copy and `prepare` of batch k+1 on the side stream, its event, and only then batch k, after a wait for
+    batch k's event alone; every tensor of it recorded on the caller's stream. Here with streams that only take notes.
+    """
+    log = []
+    main, side = FakeStream(log, "main"), FakeStream(log, "side")
+
+    @contextlib.contextmanager
+    def on(stream):
+        log.append(f"on {stream.name}")
+        yield
+        log.append("on main")
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: log.append(f"kept for {stream.name}"))
+    sampler = EpochSampler(24, 8, 1, shuffle=True, drop_last=True)
+    loader = Loader(TwoViews(data, 1, 0.08, 11), sampler, 0, CPU, lambda view: log.append("prepare") or view[0].float())
+    loader.side = side
+    for _ in loader.epoch(0):
+        log.append("step")
+
+    def issue(k):
+        return ["on side", "prepare", "prepare", f"event {k}", "on main"]
+
+    def use(k):
+        return [f"main waits for event {k}", "kept for main", "kept for main", "step"]
+
+    assert log == ["side waits for main", *issue(1), *issue(2), *use(1), *issue(3), *use(2), *use(3)]
 
 
 def test_more_than_a_percent_of_bad_images_stops_all_the_same(mostly_good, imagenet, tmp_path):
