@@ -8,6 +8,8 @@ workers nor on the number of ranks.
 import dataclasses
 import math
 import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +21,7 @@ import torchvision
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from sogclr import InputError
-from sogclr.distributed import barrier, local_rank, rank, ranks_here, world_size
+from sogclr.distributed import barrier, local_rank, log, rank, ranks_here, world_size
 from sogclr.files import ImageFiles
 from sogclr.shapes import Shapes
 
@@ -147,6 +149,7 @@ class _Batches(torch.utils.data.Dataset):
     """Makes whole batches in a worker process.
 
     bad_images: "stop" at an image that cannot be read, or "skip" it.
+    bytes_per_image: of what a worker hands over, set by each kind.
     """
 
     def __init__(self, image_set, seed, bad_images):
@@ -197,6 +200,7 @@ class TwoViews(_Batches):
     def __init__(self, image_set, seed, crop_min, num_draws, bad_images="stop", recipe=None):
         super().__init__(image_set, seed, bad_images)
         self.scale, self.num_draws, self.recipe = (crop_min, 1.0), num_draws, recipe
+        self.bytes_per_image = 2 * 3 * self.size**2 * (4 if recipe else 1)
 
     def make(self, epoch, wanted, spare):
         good, bad = self.read(wanted, spare)
@@ -235,7 +239,7 @@ class Labelled(_Batches):
 
     def __init__(self, image_set, seed=0, augment=False, bad_images="stop"):
         super().__init__(image_set, seed, bad_images)
-        self.augment = augment
+        self.augment, self.bytes_per_image = augment, 3 * self.size**2
 
     def make(self, epoch, wanted, spare):
         good, bad = self.read(wanted, spare if self.augment else ())
@@ -296,11 +300,14 @@ class Loader:
 
     def __init__(self, batches, sampler, workers, device, prepare=None):
         workers = workers_per_rank(workers)
+        share = -(-sampler.batch_size // world_size()) * batches.bytes_per_image
+        through_pipes = workers > 0 and not _fits_shared_memory(workers * ranks_here() * 3 * share)    # 2 made ahead
         self.sampler, self.device, self.prepare = sampler, device, prepare
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.reported = set()
         self.loader = torch.utils.data.DataLoader(
-            batches, batch_sampler=sampler, collate_fn=_as_made, num_workers=workers, pin_memory=device.type == "cuda",
+            batches, batch_sampler=sampler, collate_fn=_as_arrays if through_pipes else _as_made, num_workers=workers,
+            pin_memory=device.type == "cuda", worker_init_fn=_leave_signals_to_the_rank,
             persistent_workers=workers > 0 and sampler.shuffle)     # evaluation's workers end with it
 
     def __len__(self):
@@ -358,9 +365,9 @@ class Loader:
         def move(part):
             if isinstance(part, (tuple, list)):     # pinning makes lists of tuples in some releases of torch
                 return tuple(map(move, part))
-            return part.to(self.device, non_blocking=True)
+            return torch.as_tensor(part).to(self.device, non_blocking=True)
         views = map(move, content[:-1])
-        return *(map(self.prepare, views) if self.prepare else views), content[-1]
+        return *(map(self.prepare, views) if self.prepare else views), torch.as_tensor(content[-1])
 
     def report(self, bad):
         """Each unreadable file once, by the rank that met it."""
@@ -372,6 +379,38 @@ class Loader:
 
 def _as_made(batch):
     return batch
+
+
+def _as_arrays(batch):
+    """The same with arrays for tensors: workers hand over tensors in shared memory, but arrays through a pipe."""
+    if isinstance(batch, InputError):
+        return batch
+
+    def convert(part):
+        return part.numpy() if isinstance(part, torch.Tensor) else tuple(map(convert, part))
+
+    return batch._replace(content=convert(batch.content))
+
+
+def _fits_shared_memory(wanted):
+    """Whether /dev/shm has room for so many bytes of batches. Containers often have 64 MiB, and a worker that finds it
+    full is killed.
+    """
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:     # this system shares memory in another way
+        return True
+    if free < wanted:
+        log(f"=> /dev/shm has only {free / 2**20:.0f} of the {wanted / 2**20:.0f} MiB that the workers' batches want: "
+            "they come through pipes, which is slower (docker --shm-size or --ipc=host gives more, --workers wants "
+            "less)")
+    return free >= wanted
+
+
+def _leave_signals_to_the_rank(worker):
+    """What stops a run reaches its whole process group; a worker goes on until its rank has saved and ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def workers_per_rank(workers):

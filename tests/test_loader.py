@@ -3,6 +3,8 @@
 import contextlib
 import math
 import os
+import shutil
+import signal
 import warnings
 import zlib
 
@@ -55,6 +57,30 @@ def test_views_depend_on_seed_epoch_and_image_alone(data, monkeypatch):
     monkeypatch.undo()
     for other in (by_image(epoch_of(data, seed=2, epoch=2)), by_image(epoch_of(data, seed=1, epoch=3))):
         assert not any(torch.equal(other[i][1], expected[i][1]) for i in expected)
+
+
+def test_little_shared_memory_is_enough(data, monkeypatch, capsys):
+    """Where /dev/shm cannot hold the workers' batches, as in many containers, they must come all the same."""
+    expected = by_image(epoch_of(data, seed=1, epoch=2))
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(torch.Tensor, "share_memory_", None)
+    again = by_image(epoch_of(data, seed=1, epoch=2, workers=2))
+    assert all(torch.equal(a, b) for i in expected for a, b in zip(again[i], expected[i], strict=True))
+    assert "=> /dev/shm has only 0 of the" in capsys.readouterr().out
+
+
+def test_workers_outlive_the_signals_that_stop_a_run(data):
+    """They are sent to the whole process group, but the step in hand, and its save, still want the workers."""
+    sampler = EpochSampler(len(data.images), 2, 1, shuffle=True, drop_last=True)
+    batches = Loader(TwoViews(data, 1, 0.08, 11), sampler, 1, CPU)
+    seen = []
+    for *_, index in batches.epoch(0):
+        for worker in batches.loader._iterator._workers:
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                os.kill(worker.pid, number)
+        seen += index.tolist()
+    assert sorted(seen) == list(range(24))
 
 
 def test_no_draw_is_shared(data):
