@@ -6,6 +6,7 @@
     python scripts/benchmark.py lincls [--json FILE]   frozen features, as for the linear evaluation
     python scripts/benchmark.py loss [--json FILE]     GlobalContrastiveLoss, forward and backward
     python scripts/benchmark.py lars [--json FILE]     one LARS step on ResNet-50
+    python scripts/benchmark.py save [--json FILE]     how long a ResNet-50 run stops to save, in $TMPDIR
     python scripts/benchmark.py data --data DIR        two 224-pixel views of each image in DIR, by worker processes
 
 The first three take train.py's --arch, --image-size, --batch-size, --precision, --stem and --workers; by default they
@@ -20,6 +21,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sogclr import InputError
+from sogclr import InputError, checkpoint
 from sogclr.augment import Augment, Normalize, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, resnet
 from sogclr.flags import ARCHITECTURES, Parser, number, resolve_precision
@@ -409,6 +411,42 @@ def benchmark_lars(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+def benchmark_save(args):
+    """How long the next step waits for a checkpoint of ImageNet-1K's recipe that is written before it, and for ours."""
+    model = SimCLR(resnet("resnet50")).to(DEVICE)
+    criterion = GlobalContrastiveLoss(IMAGENET_IMAGES).to(DEVICE)
+    optimizer = LARS(model.parameters(), lr=1e-3)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    seconds = {"direct": [], "ours": [], "ours, on disk": []}
+    with tempfile.TemporaryDirectory() as folder:
+        file, writer = Path(folder) / "direct.pth.tar", checkpoint.Writer(Path(folder))
+        for repeat in range(max(args.repeats // 3, 1) + 1):     # one to warm up
+            state = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
+                     "u": criterion.u[:, None].float(), "log_u": criterion.log_u}
+            synchronize()
+            start = time.perf_counter()
+            torch.save(state, file)
+            direct = time.perf_counter()
+            writer.save(state)
+            copied = time.perf_counter()
+            writer.close()
+            written = time.perf_counter()
+            if repeat:
+                for values, value in zip(seconds.values(), (direct - start, copied - direct, written - direct),
+                                         strict=True):
+                    values.append(value)
+        size = file.stat().st_size / 2**20
+    figures = {f"{name} s": statistics.median(values) for name, values in seconds.items()}
+    print(f"a checkpoint of {size:.0f} MiB; seconds before the next step, and until ours is flushed to the disk")
+    return [figures | {"ratio": median_ratio(seconds["direct"], seconds["ours"])}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -455,7 +493,7 @@ def benchmark_data(args):
 
 
 MODES = {"step": benchmark_step, "train": benchmark_train, "lincls": benchmark_lincls,
-         "loss": benchmark_loss, "lars": benchmark_lars, "data": benchmark_data}
+         "loss": benchmark_loss, "lars": benchmark_lars, "save": benchmark_save, "data": benchmark_data}
 
 
 def build_parser():

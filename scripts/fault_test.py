@@ -91,6 +91,7 @@ def kill_at_random(run, folder, rng):
 
 
 def same(a, b):
+    """Whether two checkpoints hold the same bits, but for where and how they were made."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key != "settings")
     if isinstance(a, list):

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -408,9 +409,20 @@ def _fits_shared_memory(wanted):
 
 
 def _leave_signals_to_the_rank(worker):
-    """What stops a run reaches its whole process group; a worker goes on until its rank has saved and ends it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    """What stops a run is often sent to all its processes. A worker goes on until its own rank ends it, which torch
+    does by SIGTERM where it must.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):      # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_rank, daemon=True).start()
+
+
+def _end_with_the_rank():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def workers_per_rank(workers):

@@ -44,6 +44,11 @@ def test_frozen_features(report):
     assert figures["plain ms"] > 0
 
 
+def test_save(report):
+    figures = report("save")
+    assert 0 < figures["ours s"] < figures["ours, on disk s"]
+
+
 def test_images_are_asked_for(report, capsys):
     """Without images, or with too few of them, one line must say what is missing."""
     with pytest.raises(SystemExit):

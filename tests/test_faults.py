@@ -12,21 +12,12 @@ import sys
 import time
 
 import pytest
-import torch
 from test_scripts import ROOT, TINY, call, load, losses, newest, no_gpu  # noqa: F401 (a fixture)
 
 import lincls
 import train
+from scripts.fault_test import same
 from sogclr import distributed
-
-
-def equal(a, b):
-    """Whether two checkpoints hold the same bits, but for where and how they were made."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a if key != "settings")
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.mark.parametrize(("module", "workers", "number"), [
@@ -51,7 +42,7 @@ def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, n
     resumed = call(module, *command, "--save_dir", tmp_path / "cut")
     assert any(line.endswith("after 1 epochs and 2 steps") for line in resumed)
     assert losses(resumed) == losses(straight)[5:]
-    assert equal(load(tmp_path / "straight"), load(tmp_path / "cut"))
+    assert same(load(tmp_path / "straight"), load(tmp_path / "cut"))
 
 
 def test_saves_in_an_epoch(imagenet, tmp_path, monkeypatch):
@@ -141,7 +132,7 @@ def test_two_ranks_stopped_and_killed_equal_undisturbed(imagenet, tmp_path):
 
     with TwoRanks(*flags) as run:
         assert [code for *_, code in run.end()] == [0, 0]
-    assert equal(load(tmp_path / "straight"), load(tmp_path / "cut"))
+    assert same(load(tmp_path / "straight"), load(tmp_path / "cut"))
     assert newest(tmp_path / "cut", "checkpoint_0007.pth.tar").exists()
 
 
