@@ -162,7 +162,7 @@ def main_worker(args, device):
         set_lr(optimizer, lr)
         losses, top1 = AverageMeter("Loss", ".4f"), AverageMeter("Acc@1", ".2f")
         steps, first_step = len(train_loader), start_step if epoch == start_epoch else 0
-        progress = Progress(f"Epoch: [{epoch}]", steps, args.batch_size, (args.epochs - epoch) * steps - first_step)
+        progress = Progress(epoch, steps, args.batch_size, (args.epochs - epoch) * steps - first_step)
         for step, (images, target) in enumerate(train_loader.epoch(epoch, first_step), first_step):
             progress.loaded()
             target = target.to(device, non_blocking=True)
@@ -181,7 +181,7 @@ def main_worker(args, device):
             top1.update(100 * correct_in_top(output, target, (1,))[0] / max(len(target), 1), len(target))
             progress.stepped()
             if step % args.print_freq == 0:
-                log(progress.line(step, [losses, top1, f"LR {lr:.4g}"]))
+                log(progress.line(step, [losses, top1, f"LR {lr:.4g}"]), live=progress.live)
             stop = stop_requested()         # the same on all ranks
             if stop or writer.is_due():
                 writer.save(state(epoch, step + 1))

@@ -11,10 +11,12 @@ Two machines of 8 GPUs:
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --data DIR
 """
 
+import resource
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
 
 from sogclr import InputError, Stopped, checkpoint
 from sogclr.augment import Augment, pil_recipe
@@ -26,6 +28,7 @@ from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, gamma_at
 from sogclr.meters import AverageMeter, LossWatch, Progress
 from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
 
+DRY_STEPS = 12      # of --dry-run
 METHODS = {"dcl": "sogclr", "cl": "simclr"}
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")
 # What a resumed run must share with its checkpoint: all that decides the numbers.
@@ -67,6 +70,9 @@ def build_parser():
                              "the authors do (slower, to compare with)")
     groups["run"].add_argument("--save-freq", default=10, type=number(int, "[1, inf)"), metavar="N",
                                help="epochs between two checkpoints that are kept, apart from the last three epochs'")
+    groups["run"].add_argument("--dry-run", action="store_true",
+                               help="do a few steps on the data, say what the whole run would take in time, memory and "
+                                    "disk, and stop; starts from fresh weights and writes nothing")
     return parser
 
 
@@ -96,7 +102,7 @@ def main_worker(args, device):
 
     # The run's folder, and the checkpoint to continue from, whose seed goes on unless another is given.
     folder = Path(args.save_dir) / run_name(args)
-    resume, saved = checkpoint.open_run(folder, args.resume, CHECKPOINT_KEYS)
+    resume, saved = ("", {}) if args.dry_run else checkpoint.open_run(folder, args.resume, CHECKPOINT_KEYS)
     seed = set_seed(args, saved)
 
     # Data: uint8 crops from the workers; their colour is done on the device, on a GPU beside the step before.
@@ -137,7 +143,9 @@ def main_worker(args, device):
     if args.start_epoch is not None:
         start_epoch, start_step = args.start_epoch, 0
     steps = len(loader)
-    events = SummaryWriter(folder, purge_step=start_epoch * steps + start_step or None) if rank() == 0 else None
+    print_freq, events = 1 if args.dry_run else args.print_freq, None
+    if rank() == 0 and not args.dry_run:
+        events = SummaryWriter(folder, purge_step=start_epoch * steps + start_step or None)
     writer = checkpoint.Writer(folder, args.save_minutes)
     watch = LossWatch(device, f"--lr {args.lr:g}: try a smaller one, a longer --warmup-epochs or --precision fp32")
 
@@ -170,9 +178,12 @@ def main_worker(args, device):
             criterion.gamma = gamma_at(epoch, args.gamma, settings["gamma_decay_epochs"])
         losses, gcl = AverageMeter("Loss", ".4f"), AverageMeter("GCL", ".4f")
         first_step = start_step if epoch == start_epoch else 0
-        progress = Progress(f"Epoch: [{epoch}]", steps, args.batch_size, (args.epochs - epoch) * steps - first_step)
+        progress = Progress(epoch, steps, args.batch_size, (args.epochs - epoch) * steps - first_step)
         for step, (view1, view2, index) in enumerate(loader.epoch(epoch, first_step), first_step):
             progress.loaded()
+            if events and (epoch, step) == (start_epoch, start_step):
+                pairs = torch.stack([view1[:32], view2[:32]], 1).flatten(0, 1)      # the views of an image side by side
+                events.add_image("views", make_grid(augment.normalize.undo(pairs)), epoch * steps + step)
             lr = lr_at(epoch + step / steps, peak_lr, args.epochs, args.warmup_epochs)
             set_lr(optimizer, lr)
 
@@ -188,15 +199,25 @@ def main_worker(args, device):
 
             losses.update(loss.detach())
             progress.stepped()
-            if step % args.print_freq == 0:
+            if step % print_freq == 0:
                 diagnostics = criterion.diagnostics()
                 gcl.update(diagnostics["gcl"])
-                log(progress.line(step, [losses, gcl, f"LR {lr:.4g}"]))
+                log(progress.line(step, [losses, gcl, f"LR {lr:.4g}"]), live=progress.live)
                 if events:
                     scalars = {"loss": losses.value, **diagnostics, "learning rate": lr,
                                "images per second": progress.images_per_second}
+                    if args.loss_type == "dcl":
+                        scalars["gamma"] = criterion.gamma
+                    if device.type == "cuda":
+                        scalars["GPU memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
                     for name, value in scalars.items():
                         events.add_scalar(name, float(value), epoch * steps + step)
+
+            if args.dry_run:
+                if step + 1 == min(steps, DRY_STEPS):
+                    log(estimate(args, progress, steps, state(epoch, step), device))
+                    return
+                continue
 
             stop = stop_requested()         # the same on all ranks
             if stop or writer.is_due():
@@ -207,12 +228,36 @@ def main_worker(args, device):
                 raise Stopped(f"after epoch {epoch}, step {step}")
 
         watch.check_weights(model, f"epoch {epoch}")
-        kept = epoch % args.save_freq == 0 or epoch >= args.epochs - 3
+        log(progress.summary([losses, gcl]))
+        if events and args.loss_type == "dcl":
+            events.add_histogram("log u", criterion.log_u[criterion.log_u.isfinite()], (epoch + 1) * steps)
+        kept = checkpoint_is_kept(args, epoch)
         writer.save(state(epoch + 1, 0), *[f"checkpoint_{epoch:04d}.pth.tar"] * kept)
     writer.close()
     if events:
         events.close()
     log(f"=> done: {folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
+
+
+def estimate(args, progress, steps, state, device):
+    """What the whole run will take, by its first steps and what a checkpoint holds, in one line."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        memory = (f"{torch.cuda.max_memory_reserved() / 2**30:.1f} of "
+                  f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB on each GPU")
+    else:
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB, and the workers'"
+    hours = args.epochs * steps * progress.seconds_per_step / 3600
+    kept = 2 + sum(checkpoint_is_kept(args, epoch) for epoch in range(args.epochs))      # and the last and the previous
+    disk = kept * checkpoint.size(state) / 2**30
+    return (f"=> {args.epochs} epochs will take about {hours:.1f} hours ({progress.images_per_second:.0f} images/s, "
+            f"{progress.waiting}), memory {memory}, and {disk:.1f} GiB in {args.save_dir} for {kept} checkpoints; "
+            "dry run: nothing was written")
+
+
+def checkpoint_is_kept(args, epoch):
+    """Whether the checkpoint after an epoch stays: each --save-freq-th, and those of the last three."""
+    return epoch % args.save_freq == 0 or epoch >= args.epochs - 3
 
 
 def restore(saved, path, args, model, criterion, optimizer, scaler):

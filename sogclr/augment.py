@@ -29,6 +29,10 @@ class Normalize(nn.Module):
     def forward(self, images):
         return (images.float() / 255 - self.mean) / self.std
 
+    def undo(self, images):
+        """Normalised images [B, 3, H, W] -> float32 in [0, 1], to look at."""
+        return (images.float() * self.std + self.mean).clamp(0, 1)
+
 
 class Augment(nn.Module):
     """Colour jitter, greyscale, blur and normalisation, called with a view as the loader makes it:

@@ -187,6 +187,14 @@ def _host_copy(state):
     return state
 
 
+def size(state):
+    """The bytes of all tensors in a state, which is about the size of its file."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(size, parts))
+
+
 def load(path, flag, keys=()):
     """The dict in a checkpoint file, on the CPU. Only data is unpickled, never code.
 

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -56,10 +57,17 @@ def device_names(device):
     return f"{world_size()} x {name}"
 
 
-def log(line):
-    """Print a line, once for all ranks."""
+_live = False       # whether the terminal's last line is to be written over
+
+
+def log(line, live=False):
+    """Print a line, once for all ranks. live: the next one takes its place, on a terminal."""
+    global _live
     if rank() == 0:
-        print(line, flush=True)
+        if live:
+            line = line[:shutil.get_terminal_size().columns - 1]
+        print(f"\r{line}\x1b[K" if live or _live else line, end="" if live else "\n", flush=True)
+        _live = live
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Progress lines, accuracy, and a watch over the loss."""
 
 import math
+import sys
 import time
 
 import torch
@@ -24,21 +25,28 @@ class AverageMeter:
     def average(self):
         return float(self.sum) / max(self.count, 1)
 
+    @property
+    def latest(self):
+        return f"{self.name} {float(self.value):{self.form}}"
+
     def __str__(self):
-        return f"{self.name} {float(self.value):{self.form}} ({self.average:{self.form}})"
+        return f"{self.latest} ({self.average:{self.form}})"
 
 
 class Progress:
-    """The lines of one epoch, in MoCo's manner, with images/s and the time until the run's end.
+    """The lines of one epoch, with images/s and the time that is left: in MoCo's manner in a file or a pipe; with a bar
+    on a terminal, where `live` says that each line takes the place of the one before.
 
     steps: in this epoch; images: in a global batch; steps_left: in the whole run, from this epoch's first step on.
+    Speed and time left do not count an epoch's first step, in which workers start and kernels are chosen.
     """
 
-    def __init__(self, prefix, steps, images, steps_left):
-        self.prefix, self.steps, self.images, self.steps_left = prefix, steps, images, steps_left
+    def __init__(self, epoch, steps, images, steps_left):
+        self.epoch, self.steps, self.images, self.steps_left = epoch, steps, images, steps_left
         self.step_time, self.data_time = AverageMeter("Time"), AverageMeter("Data")
         self.done = 0
-        self.start = self.now = time.perf_counter()
+        self.start = self.first = self.now = time.perf_counter()
+        self.live = sys.stdout.isatty()
 
     def loaded(self):
         """The batch has arrived."""
@@ -50,17 +58,43 @@ class Progress:
         self.step_time.update(now - self.now)
         self.now = now
         self.done += 1
+        if self.done == 1:
+            self.first = now
+
+    @property
+    def seconds_per_step(self):
+        if self.done < 2:
+            return max(self.now - self.start, 1e-9)
+        return (self.now - self.first) / (self.done - 1)
 
     @property
     def images_per_second(self):
-        return self.done * self.images / max(self.now - self.start, 1e-9)
+        return self.images / self.seconds_per_step
+
+    @property
+    def waiting(self):
+        """The share of the time in which there was nothing to train on."""
+        return f"data wait {self.data_time.sum / max(self.step_time.sum, 1e-9):.0%}"
 
     def line(self, step, meters):
         """`Epoch: [3][  10/5004]  Time 0.121 (0.125)  ...  812 images/s  ETA 3:12:44`, times in seconds."""
-        left = (self.now - self.start) / max(self.done, 1) * max(self.steps_left - self.done, 0)
-        place = f"{self.prefix}[{step:{len(str(self.steps))}d}/{self.steps}]"
-        return "  ".join([place, str(self.step_time), str(self.data_time), *map(str, meters),
-                          f"{self.images_per_second:.0f} images/s", f"ETA {clock(left)}"])
+        place, speed = f"{step:{len(str(self.steps))}d}/{self.steps}", f"{self.images_per_second:.0f} images/s"
+        run = clock((self.steps_left - self.done) * self.seconds_per_step)
+        if not self.live:
+            return "  ".join([f"Epoch: [{self.epoch}][{place}]", str(self.step_time), str(self.data_time),
+                              *map(str, meters), speed, f"ETA {run}"])
+        bar = "#" * (10 * (step + 1) // self.steps)
+        latest = (meter.latest if isinstance(meter, AverageMeter) else meter for meter in meters)
+        return "  ".join([f"Epoch {self.epoch} [{bar:-<10}] {place}", speed, self.waiting, *latest,
+                          f"ETA {clock((self.steps - step - 1) * self.seconds_per_step)}, run {run}"])
+
+    def summary(self, meters):
+        """One line at the epoch's end, with the meters' averages and when the run will end."""
+        left = self.steps_left - self.done
+        end = time.strftime("%d %b %H:%M", time.localtime(time.time() + left * self.seconds_per_step))
+        values = "  ".join(f"{meter.name} {meter.average:{meter.form}}" for meter in meters if meter.count)
+        return (f" * Epoch {self.epoch}  {values}  in {clock(self.now - self.start)}, "
+                f"{self.images_per_second:.0f} images/s, {self.waiting}" + f", the run ends about {end}" * (left > 0))
 
 
 class LossWatch:

@@ -128,6 +128,8 @@ def test_pretraining_writes_what_others_read(pretrained):
     scalars = EventAccumulator(str(run_folder)).Reload()
     assert {"loss", "gcl", "learning rate"} <= set(scalars.Tags()["scalars"])
     assert f"{scalars.Scalars('loss')[-1].value:.4f}" == losses(lines)[-1]
+    assert (scalars.Images("views")[0].height, scalars.Images("views")[0].width) == (2 + 2 * 34, 2 + 8 * 34)
+    assert scalars.Histograms("log u")[-1].histogram_value.num == 24
     assert any("CPU" in line for line in lines[:4])
 
 
@@ -194,6 +196,42 @@ def test_print_freq(imagenet, tmp_path):
     """A line for step 0 and for every N-th step after it."""
     lines = call(train, "--data", imagenet, *TINY, "--print-freq", 2, "--epochs", 1, "--save_dir", tmp_path)
     assert re.findall(r"\[0\]\[(\d)/3\]", "\n".join(lines)) == ["0", "2"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_one_live_line_an_epoch_on_a_terminal(imagenet, tmp_path, monkeypatch):
+    """On a terminal each progress line must take the place of the one before, and the epoch's summary that of the last.
+    """
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    monkeypatch.setenv("COLUMNS", "60")
+    output = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path)
+    lines = [line.removesuffix("\x1b[K") for line in output if line.endswith("\x1b[K")]     # what was written over
+    assert len(lines) == 2 * 4
+    for epoch in (0, 1):
+        *live, summary = lines[4 * epoch:4 * epoch + 4]
+        for step, line in enumerate(live):
+            bar = ("###", "######", "##########")[step]
+            assert line.startswith(f"Epoch {epoch} [{bar:-<10}] {step}/3  ")
+            assert len(line) < 60
+        assert re.match(rf" \* Epoch {epoch}  Loss \S+  GCL \S+  in 0:00:\d\d, \d+ images/s, data wait \d+%", summary)
+        assert ("the run ends about" in summary) == (epoch == 0)
+
+
+def test_dry_run_writes_nothing(imagenet, tmp_path):
+    """It must go through real steps and say what all epochs will take, and leave no file."""
+    *_, estimate = lines = call(train, "--data", imagenet, *TINY, "--epochs", 800, "--save_dir", tmp_path, "--dry-run")
+    assert len(losses(lines)) == 3
+    found = re.match(r"=> 800 epochs will take about (\S+) hours \((\d+) images/s, .* and (\S+) GiB in .* for 85 "
+                     "checkpoints", estimate)
+    hours, speed, disk = map(float, found.groups())
+    assert hours == pytest.approx(800 * 24 / speed / 3600, rel=0.6, abs=0.06)
+    parameters = sum(tensor.nbytes for tensor in torchvision.models.resnet18().parameters())
+    assert 85 * 2 * parameters < disk * 2**30 < 85 * 3 * parameters
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("flags", "error"), [
