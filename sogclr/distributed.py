@@ -1,6 +1,7 @@
 """Processes: how they start, who they are, and what they exchange. Everything works in a single process too."""
 
 import contextlib
+import datetime
 import inspect
 import os
 import secrets
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sogclr import InputError, Stopped
 
 STOPPED = 75        # exit code after `Stopped` (EX_TEMPFAIL: try again)
+PATIENCE = 600      # seconds that a rank waits for another, at the start and in a collective
 GRACE = 10          # seconds that the other ranks of this machine have to end by themselves when one has failed
 
 # Hosts exchange small things in a process group of their own, over gloo, so that no GPU is waited for.
@@ -233,13 +235,15 @@ def _start(main_worker, args, rank=0, world=1, url=None):
         torch.cuda.set_device(device)
     if url is not None:
         backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+        patience = datetime.timedelta(seconds=PATIENCE)
         try:
-            dist.init_process_group(backend, init_method=url, world_size=world, rank=rank,
+            dist.init_process_group(backend, init_method=url, world_size=world, rank=rank, timeout=patience,
                                     device_id=device if backend == "nccl" else None)
         except (ValueError, RuntimeError) as error:
-            raise InputError(f"--dist-url {url}: no process group: {str(error).splitlines()[0]}") from error
+            raise InputError(f"--dist-url {url}: {world} processes did not meet ({str(error).splitlines()[0]}); start "
+                             f"all of them within {PATIENCE // 60} minutes, with the same address") from error
         global _hosts
-        _hosts = dist.new_group(backend="gloo")
+        _hosts = dist.new_group(backend="gloo", timeout=patience)
         args.fresh_seed = broadcast_int(args.fresh_seed)
     stopped = None
     try:
