@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# A small batch does not harm: SimCLR (cl) and SogCLR (dcl) on CIFAR-10 at several batch sizes, everything else the same;
+# then linear evaluation, classic and of cached features at eight rates, and kNN; a table and a plot of all of them.
+# Needs: 1 GPU for all of it. LOSSES, BATCHES and SEEDS choose a part, LINCLS holds further flags for lincls.py; OUT takes
+# the runs, results.md and results.png. Nothing of it is measured on a GPU yet.
+# Arguments are appended to train.py's, so any flag can be overridden. The same command continues where it was cut off.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=${OUT:-saved_models/cifar10_batch_size}
+read -ra lincls <<< "${LINCLS:-}"
+
+for seed in ${SEEDS:-1 2 3}; do
+    for batch in ${BATCHES:-32 64 128 256 512}; do
+        for loss in ${LOSSES:-cl dcl}; do
+            runs=$out/${loss}_${batch}_$seed
+            common=(--data_name "${DATA_NAME:-cifar10}" --data "${DATA:-data/cifar10}" --image-size 32 --arch resnet18
+                    --seed "$seed" --workers 16 --save_dir "$runs" --resume auto --print-freq 100)
+            "$python" train.py "${common[@]}" --loss_type "$loss" --batch-size "$batch" --epochs 200 --lr 1.0 \
+                --learning-rate-scaling linear --wd 1e-4 --t 0.3 --gamma 0.9 --save-freq 1000 "$@"
+            checkpoint=$(ls "$runs"/*_bz_"$batch"_*/checkpoint_last.pth.tar)
+            evaluate=("$python" lincls.py "${common[@]}" --pretrained "$checkpoint" "${lincls[@]}")
+            "${evaluate[@]}"
+            "${evaluate[@]}" --features cached --lr 0.03 0.1 0.3 1 3 10 30 100
+            "${evaluate[@]}" --knn
+        done
+    done
+done
+"$python" scripts/collect_results.py "$out" --png "$out/results.png" | tee "$out/results.md"
