@@ -398,6 +398,12 @@ def barrier():
         dist.barrier(group=_hosts)
 
 
+def broadcast(tensor):
+    """Replace the tensor by rank 0's, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+
+
 def all_reduce_sum(tensor):
     """Replace the tensor by its sum over the ranks, in place, and return it."""
     if world_size() > 1:
@@ -427,5 +433,5 @@ def gather(tensor):
         if source == rank():
             part.copy_(tensor)
         if len(part):
-            dist.broadcast(part, source)
+            dist.broadcast(part, src=source)
     return whole
