@@ -315,11 +315,12 @@ def knn_evaluation(args, data, device, precision, dtype):
             data = open_data_set(args.data_name, args.data, "train", args.image_size)
         val_data = open_data_set(args.data_name, args.data, "val", args.image_size)
     except InputError as error:
-        raise InputError(f"--knn-freq {args.knn_freq}: needs labelled images, leave it out without; {error}") from error
+        raise InputError(f"--knn-freq {args.knn_freq}: needs images with labels, leave the flag out where there are "
+                         f"none; {error}") from error
     classes = data.images.classes
     if classes != val_data.images.classes:
-        raise InputError(f"--knn-freq {args.knn_freq}: train and val in --data {args.data} hold different classes "
-                         f"({len(classes)} and {len(val_data.images.classes)}), make them the same folders")
+        raise InputError(f"--knn-freq {args.knn_freq}: train and val hold different classes ({len(classes)} and "
+                         f"{len(val_data.images.classes)}), make them the same folders of --data")
     bank, queries = (Loader(Labelled(images, bad_images=args.bad_images),
                             EpochSampler(len(images.images), args.batch_size), args.workers, device)
                      for images in (data, val_data))

@@ -488,7 +488,7 @@ BAD = [
     ("train.py", ["--world-size", "2", "--rank", "0"], "--world-size 2: needs"),
     ("train.py", ["--world-size", "2", "--rank", "2", "--dist-url", "tcp://localhost:1"], "--rank 2: must be below"),
     ("train.py", ["--knn-freq", "1", "--data_name", "folder", "--data", "SUBSET"],
-     "--knn-freq 1: needs labelled images, leave it out without; --data"),
+     "--knn-freq 1: needs images with labels, leave the flag out where there are none; --data"),
     ("train.py", ["--unknown"], "unrecognized arguments: --unknown"),
     ("train.py", ["--save_dir", "TEXT/below"], "--save_dir"),
 ]
