@@ -11,19 +11,23 @@ Two machines of 8 GPUs:
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --data DIR
 """
 
+import copy
 import resource
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
-from sogclr import InputError, Stopped, checkpoint
-from sogclr.augment import Augment, pil_recipe
+from sogclr import InputError, Stopped, checkpoint, distributed
+from sogclr.augment import Augment, Normalize, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, resnet
 from sogclr.distributed import data_parallel, device_names, launch, log, rank, set_seed, stop_requested, world_size
+from sogclr.features import extract
 from sogclr.flags import Parser, add_shared_flags, non_defaults, number, resolve_precision
-from sogclr.loader import EpochSampler, Loader, TwoViews, open_data_set
+from sogclr.knn import knn_accuracy
+from sogclr.loader import EpochSampler, Labelled, Loader, TwoViews, open_data_set
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, gamma_at
 from sogclr.meters import AverageMeter, LossWatch, Progress
 from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
@@ -73,6 +77,9 @@ def build_parser():
     groups["run"].add_argument("--dry-run", action="store_true",
                                help="do a few steps on the data, say what the whole run would take in time, memory and "
                                     "disk, and stop; starts from fresh weights and writes nothing")
+    groups["run"].add_argument("--knn-freq", default=0, type=number(int, "[0, inf)"), metavar="N",
+                               help="epochs between two reports of the encoder's kNN accuracy, which needs labelled "
+                                    "images in DIR/train and DIR/val and does not change the run; 0 is never")
     return parser
 
 
@@ -115,6 +122,7 @@ def main_worker(args, device):
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     augment = Augment(data.mean, data.std, data.blur, dtype, layout).to(device)
     loader = Loader(views, sampler, args.workers, device, augment)
+    knn = knn_evaluation(args, data, device, precision, dtype) if args.knn_freq else None
 
     # Model, loss, optimizer.
     stem = choose_stem(args.stem, data.image_size)
@@ -233,6 +241,12 @@ def main_worker(args, device):
             events.add_histogram("log u", criterion.log_u[criterion.log_u.isfinite()], (epoch + 1) * steps)
         kept = checkpoint_is_kept(args, epoch)
         writer.save(state(epoch + 1, 0), *[f"checkpoint_{epoch:04d}.pth.tar"] * kept)
+        if knn and ((epoch + 1) % args.knn_freq == 0 or epoch == args.epochs - 1):
+            accuracies = {f"kNN-{k}": value for k, value in knn(model.base_encoder).items()}
+            log(f" * Epoch {epoch} " + " ".join(f"{name} {value:.1f}" for name, value in accuracies.items()))
+            if events:
+                for name, value in accuracies.items():
+                    events.add_scalar(name, value, epoch * steps + step)
     writer.close()
     if events:
         events.close()
@@ -287,6 +301,48 @@ def restore(saved, path, args, model, criterion, optimizer, scaler):
     step = saved.get("step", 0)
     log(f"=> resumed {path} after {saved['epoch']} epochs" + f" and {step} steps" * (step > 0))
     return saved["epoch"], step
+
+
+def knn_evaluation(args, data, device, precision, dtype):
+    """For --knn-freq: a function from the encoder to {k: its kNN accuracy in percent}, the same on every rank.
+
+    data: the training images, whose centre crops are the bank; those of the validation images are the queries. It
+    evaluates a copy of the encoder, with the BatchNorm statistics that rank 0 would save, and leaves torch's generator
+    as it was, so that the run stays the same. Raises InputError where images have no labels.
+    """
+    try:
+        if args.data_name == "folder":      # was listed without classes, in an order that must not change
+            data = open_data_set(args.data_name, args.data, "train", args.image_size)
+        val_data = open_data_set(args.data_name, args.data, "val", args.image_size)
+    except InputError as error:
+        raise InputError(f"--knn-freq {args.knn_freq}: needs images with labels, leave the flag out where there are "
+                         f"none; {error}") from error
+    classes = data.images.classes
+    if classes != val_data.images.classes:
+        raise InputError(f"--knn-freq {args.knn_freq}: train and val hold different classes ({len(classes)} and "
+                         f"{len(val_data.images.classes)}), make them the same folders of --data")
+    bank, queries = (Loader(Labelled(images, bad_images=args.bad_images),
+                            EpochSampler(len(images.images), args.batch_size), args.workers, device)
+                     for images in (data, val_data))
+    normalize = Normalize(data.mean, data.std).to(device)
+
+    def evaluate(encoder):
+        frozen = copy.deepcopy(encoder).eval()
+        frozen.fc = torch.nn.Identity()
+        for buffer in frozen.buffers():
+            distributed.broadcast(buffer)
+
+        @torch.inference_mode()
+        def features(images):
+            """uint8 [b, 3, H, W] -> float32 [b, C], of length 1: so half precision holds them."""
+            with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
+                return F.normalize(frozen(normalize(images)).float())
+
+        with torch.random.fork_rng(devices=[]):     # a loader takes its workers' seeds from there
+            return knn_accuracy(*extract(features, bank, torch.float16), *extract(features, queries, torch.float16),
+                                len(classes))
+
+    return evaluate
 
 
 PARSER = build_parser()

@@ -59,24 +59,43 @@ class SimCLR(nn.Module):
         return self.base_encoder(x1), self.base_encoder(x2)
 
 
-# What may stand before torchvision's names in a checkpoint. The first that fits is taken.
-ENCODER_PREFIXES = ("module.base_encoder.", "base_encoder.", "module.", "")
+# What stands before torchvision's names in other people's files. The first that fits is taken, so that of several
+# encoders in one file it is the trained one: neither a momentum encoder nor a teacher is in the table.
+ENCODER_PREFIXES = (
+    "module.base_encoder.",     # train.py, the authors' SogCLR, MoCo v3
+    "base_encoder.",            # the same, saved without DistributedDataParallel
+    "module.encoder_q.",        # MoCo v1 and v2: the queries' encoder, not the keys'
+    "encoder_q.",               # the same in Lightning
+    "module.encoder.",          # SimSiam
+    "module.backbone.",         # Barlow Twins, VICReg and others that name their parts
+    "backbone.",                # solo-learn and other Lightning modules
+    "encoder.",                 # Lightning modules
+    "model.",                   # Lightning modules around one torchvision model
+    "module.",                  # lincls.py, torchvision models under DistributedDataParallel
+    "",                         # torchvision
+)
+# Where a file of more than weights keeps them: train.py and most others, torchvision's training scripts.
+_WRAPPERS = ("state_dict", "model")
 
 
 def encoder_state(checkpoint, source):
-    """The encoder's tensors in a checkpoint (of train.py or of the authors), under torchvision's names, without `fc`.
+    """The encoder's tensors in a checkpoint of train.py or of those at `ENCODER_PREFIXES`, under torchvision's names,
+    without `fc`.
 
     checkpoint: what `sogclr.checkpoint.load` returned; source: the file's name, for the message.
     Raises InputError where there is no ResNet in it.
     """
-    state = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{source}: holds no state_dict of tensors")
-    for prefix in ENCODER_PREFIXES:
-        if prefix + "conv1.weight" in state:
-            return {key[len(prefix):]: value for key, value in state.items()
-                    if key.startswith(prefix) and not key.startswith(prefix + "fc.")}
-    raise InputError(f"{source}: holds no ResNet encoder (no 'conv1.weight', with or without 'module.base_encoder.')")
+    state = next((checkpoint[key] for key in _WRAPPERS if isinstance(checkpoint.get(key), dict)), checkpoint)
+    state = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    prefix = next((prefix for prefix in ENCODER_PREFIXES if prefix + "conv1.weight" in state), None)
+    if prefix is None:
+        raise InputError(f"{source}: holds no ResNet encoder, no 'conv1.weight' under any name that train.py, SogCLR, "
+                         "MoCo, SimSiam, Lightning or torchvision give it, but " + (_first(state) or "no tensors"))
+    state = {key.removeprefix(prefix): value for key, value in state.items()
+             if key.startswith(prefix) and not key.startswith(prefix + "fc.")}
+    # Files from before torch 0.4.1 lack BatchNorm's counters, which nothing here reads.
+    counters = {key.replace("running_mean", "num_batches_tracked") for key in state if key.endswith("running_mean")}
+    return state | {key: torch.tensor(0) for key in counters - state.keys()}
 
 
 def load_encoder(model, state, source):
@@ -85,11 +104,16 @@ def load_encoder(model, state, source):
     Raises InputError, naming the first keys, where the two are not of one architecture.
     """
     own = {key: value for key, value in model.state_dict().items() if not key.startswith("fc.")}
-    wrong = [f"{key} is missing" for key in own.keys() - state.keys()]
-    wrong += [f"{key} is unexpected" for key in state.keys() - own.keys()]
-    wrong += [f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}"
+    shapes = [f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}"
               for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    wrong = [f"{len(keys)} {what}: {_first(keys)}" for what, keys in (
+        ("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()), ("of another shape", shapes))
+        if keys]
     if wrong:
-        raise InputError(f"{source}: does not fit this encoder, give its --arch: " + "; ".join(sorted(wrong)[:3])
-                         + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+        raise InputError(f"{source}: does not fit this encoder, give its --arch; tensors " + "; ".join(wrong))
     model.load_state_dict(state, strict=False)
+
+
+def _first(names):
+    """The first three, in words."""
+    return ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)

@@ -1,5 +1,6 @@
 """Run folders and checkpoint files."""
 
+import argparse
 import contextlib
 import fcntl
 import os
@@ -20,10 +21,11 @@ from sogclr.distributed import barrier, log, rank, require_same
 
 LAST, PREVIOUS = "checkpoint_last.pth.tar", "checkpoint_previous.pth.tar"
 
-# The authors' files hold numpy numbers. They are data, not code, so they may be unpickled; under numpy 1's name too.
+# The authors' files hold numpy numbers, others their flags. They are data, not code, so they may be unpickled; numbers
+# under numpy 1's name too.
 _SCALAR = np.float64(0).__reduce__()[0]
-_NUMPY_NUMBERS = [(_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
-                  *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool"))]
+_DATA = [argparse.Namespace, (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"),
+         np.dtype, *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool"))]
 
 
 def open_run(folder, resume, keys):
@@ -206,11 +208,12 @@ def load(path, flag, keys=()):
                                                else "no such file"))
     try:
         _check_sums(path)
-        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+        with torch.serialization.safe_globals(_DATA):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # a foreign file can make the unpickler raise anything
         raise InputError(f"{flag} {path}: not a checkpoint that can be read safely, it is damaged or holds more than "
-                         f"data ({type(error).__name__}); give a file that train.py or lincls.py wrote") from error
+                         f"data ({type(error).__name__}); give a file that train.py or lincls.py wrote, or another's "
+                         "state_dict saved alone") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{flag} {path}: holds no checkpoint but a {type(checkpoint).__name__}")
     require(checkpoint, path, flag, keys)

@@ -75,8 +75,8 @@ def _image_folder(name, folder, split, labels):
     root = folder / split
     if not root.is_dir():
         if name != "folder" or labels:
-            raise InputError(f"--data {folder}: has no folder '{split}', it must hold {split}/<class>/<image files> "
-                             "(to pretrain on images without classes give --data_name folder)")
+            raise InputError(f"--data {folder}: has no folder '{split}', it must hold {split}/<class>/<image files>"
+                             + " (to pretrain on images without classes give --data_name folder)" * (name != "folder"))
         root = folder
     try:
         return ImageFiles(root, labels)

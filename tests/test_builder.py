@@ -1,10 +1,12 @@
 """The model's shape and names, which other people's checkpoints rely on."""
 
+import argparse
+
 import pytest
 import torch
 import torchvision
 
-from sogclr import InputError
+from sogclr import InputError, checkpoint
 from sogclr.builder import SimCLR, encoder_state, load_encoder, resnet
 
 
@@ -37,16 +39,44 @@ def test_cifar_stem_keeps_the_resolution():
     assert resnet("resnet18").conv1.kernel_size == (7, 7)
 
 
-@pytest.mark.parametrize("prefix", ["module.base_encoder.", "base_encoder.", "module.", ""])
-def test_encoder_is_found_under_every_name(prefix):
-    """load_encoder must give bit-equal features, whatever stands before the names, and leave `fc` alone."""
+# The files of others, as they lie on the disk: (what stands before the names, what else is in the file)
+FOREIGN = {
+    "train.py": ("module.base_encoder.", {"module.base_encoder.fc.0.weight": torch.zeros(32, 512)}),
+    "SimCLR, one process": ("base_encoder.", {}),
+    "MoCo v1, v2": ("module.encoder_q.", {"module.encoder_q.fc.weight": torch.zeros(128, 512), "module.queue_ptr":
+                    torch.zeros(1), "module.encoder_k.conv1.weight": torch.zeros(64, 3, 7, 7)}),
+    "MoCo v3": ("module.base_encoder.", {"module.momentum_encoder.conv1.weight": torch.zeros(64, 3, 7, 7),
+                                         "module.predictor.0.weight": torch.zeros(8, 8)}),
+    "MoCo in Lightning": ("encoder_q.", {"encoder_k.conv1.weight": torch.zeros(64, 3, 7, 7)}),
+    "SimSiam": ("module.encoder.", {"module.encoder.fc.6.bias": torch.zeros(2048), "module.predictor.0.weight":
+                torch.zeros(8, 8)}),
+    "Barlow Twins": ("module.backbone.", {"module.projector.0.weight": torch.zeros(8, 8)}),
+    "Lightning": ("backbone.", {"backbone_momentum.conv1.weight": torch.zeros(64, 3, 7, 7), "epoch": 7, 3: "three"}),
+    "Lightning's encoder": ("encoder.", {"projector.0.weight": torch.zeros(8, 8)}),
+    "Lightning's model": ("model.", {"model.fc.bias": torch.zeros(10)}),
+    "lincls.py": ("module.", {"module.fc.weight": torch.zeros(10, 512)}),
+    "torchvision": ("", {"fc.weight": torch.zeros(1000, 512)}),
+}
+
+
+@pytest.mark.parametrize(("kind", "wrapper"), [*((kind, "state_dict") for kind in FOREIGN), ("MoCo v3", None),
+                                               ("torchvision", None), ("torchvision", "model")])
+def test_encoder_is_found_in_everybodys_files(kind, wrapper, tmp_path):
+    """load_encoder must give bit-equal features, whatever stands before the names and beside them, and leave `fc`
+    alone; flags in the file, or BatchNorm counters that lack, must not hinder.
+    """
+    prefix, others = FOREIGN[kind]
     torch.manual_seed(0)
     source = resnet("resnet18").eval()
+    source.bn1.running_mean.fill_(0.1)
     state = {prefix + key: value for key, value in source.state_dict().items() if not key.startswith("fc.")}
-    state |= {prefix + "fc.0.weight": torch.zeros(32, 512)}
+    if wrapper == "model":
+        state = {key: value for key, value in state.items() if "num_batches" not in key}
+    whole = {wrapper: others | state, "args": argparse.Namespace(lr=0.1)} if wrapper else others | state
+    torch.save(whole, tmp_path / "file.pth")
     model = torchvision.models.resnet18(num_classes=7).eval()
     head = model.fc.weight.clone()
-    load_encoder(model, encoder_state({"state_dict": state}, "file"), "file")
+    load_encoder(model, encoder_state(checkpoint.load(tmp_path / "file.pth", "--pretrained"), "file"), "file")
     source.fc = model.fc
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(source(x), model(x))
@@ -54,11 +84,17 @@ def test_encoder_is_found_under_every_name(prefix):
 
 
 def test_other_architecture_is_refused():
-    """The error must name the file and what does not fit."""
+    """The error must name the file and what does not fit: the first three keys of each kind, and how many there are."""
     state = encoder_state({"state_dict": resnet("resnet18").state_dict()}, "file")
-    with pytest.raises(InputError, match=r"file: does not fit .*layer1\.0\.bn3"):
+    with pytest.raises(InputError, match=r"file: does not fit .*; tensors 198 missing: layer1\.0\.bn3\.bias, .*\.\.\.; "
+                                         r"\d+ of another shape: layer1\.0\.conv1\.weight is \[64, 64, 3, 3\], not"):
         load_encoder(resnet("resnet50"), state, "file")
-    with pytest.raises(InputError, match=r"conv1\.weight is \[64, 3, 7, 7\], not \[64, 3, 3, 3\]"):
+    with pytest.raises(InputError, match=r"tensors 1 of another shape: conv1\.weight is \[64, 3, 7, 7\], "
+                                         r"not \[64, 3, 3, 3\]$"):
         load_encoder(resnet("resnet18", "cifar"), state, "file")
-    with pytest.raises(InputError, match="holds no ResNet"):
-        encoder_state({"state_dict": {"x": torch.zeros(1)}}, "file")
+    with pytest.raises(InputError, match=r"tensors 1 unexpected: prototypes$"):
+        load_encoder(resnet("resnet18"), state | {"prototypes": torch.zeros(1)}, "file")
+    with pytest.raises(InputError, match=r"file: holds no ResNet .* but 0\.bias, 0\.weight$"):
+        encoder_state({"state_dict": {"0.weight": torch.zeros(1), "0.bias": torch.zeros(1)}}, "file")
+    with pytest.raises(InputError, match="but no tensors"):
+        encoder_state({"epoch": 3}, "file")

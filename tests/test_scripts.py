@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lincls
 import train
+from sogclr import loader
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = shlex.split("--arch resnet18 --image-size 32 --stem imagenet --batch-size 8 --workers 1 --print-freq 1")
@@ -155,6 +156,51 @@ def test_resumed_run_equals_uninterrupted(pretrained, imagenet, tmp_path):
     assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in straight["state_dict"].items())
     for k, state in straight["optimizer"]["state"].items():
         assert torch.equal(state["mu"], resumed["optimizer"]["state"][k]["mu"])
+
+
+def test_knn_during_pretraining_changes_nothing(pretrained, imagenet, tmp_path, monkeypatch):
+    """With --knn-freq a run must end with the same weights, u and optimizer, bit by bit, and the same random state."""
+    def watched(*args, original=train.knn_evaluation):
+        evaluate = original(*args)
+
+        def without_trace(encoder):
+            before, training = torch.get_rng_state(), [module.training for module in encoder.modules()]
+            accuracies = evaluate(encoder)
+            assert torch.equal(torch.get_rng_state(), before)
+            assert [module.training for module in encoder.modules()] == training
+            return accuracies
+        return without_trace
+
+    monkeypatch.setattr(train, "knn_evaluation", watched)
+    again = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--seed", 5, "--save_dir", tmp_path, "--knn-freq", 1)
+    assert losses(again) == losses(pretrained[0])
+    ours, plain = load(tmp_path), load(pretrained[1])
+    assert torch.equal(ours["log_u"], plain["log_u"])
+    assert all(torch.equal(value, ours["state_dict"][key]) for key, value in plain["state_dict"].items())
+    assert all(torch.equal(state["mu"], ours["optimizer"]["state"][k]["mu"])
+               for k, state in plain["optimizer"]["state"].items())
+    scalars = EventAccumulator(str(newest(tmp_path).parent)).Reload()
+    assert [event.step for event in scalars.Scalars("kNN-20")] == [2, 5]
+    assert [line.split(" kNN-20 ")[0] for line in again if "kNN-20" in line] == [" * Epoch 0", " * Epoch 1"]
+
+
+def brute_force_knn(path, imagenet):
+    """kNN-20 of a checkpoint of TINY in percent, without any of our code but the centre crop."""
+    encoder = torchvision.models.resnet18()
+    encoder.fc = torch.nn.Identity()
+    state = torch.load(path, weights_only=True)["state_dict"]
+    encoder.load_state_dict({key.removeprefix("module.base_encoder."): value for key, value in state.items()
+                             if ".fc." not in key})
+    sets = [torchvision.datasets.ImageFolder(imagenet / split) for split in ("train", "val")]
+    images = torch.stack([loader.center_view(image, 32) for data in sets for image, _ in data])
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in loader.IMAGENET_MEAN_STD)
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(encoder.eval()((images / 255 - mean) / std).double())
+    bank, queries = features.split([len(data) for data in sets])
+    similarity, nearest = (queries @ bank.T).topk(20)
+    votes = torch.zeros(len(queries), 3, dtype=torch.float64)
+    votes.scatter_add_(1, torch.tensor(sets[0].targets)[nearest], (similarity / 0.07).exp())
+    return 100 * float((votes.argmax(1) == torch.tensor(sets[1].targets)).double().mean())
 
 
 def test_same_command_finds_its_run(imagenet, tmp_path):
@@ -342,14 +388,17 @@ def test_two_processes_started_by_hand(imagenet, tmp_path):
 
 @pytest.mark.parametrize("script", ["train.py", "lincls.py"])
 def test_torchrun_with_two_processes(script, pretrained, imagenet, tmp_path):
-    """Two processes must share the batch and print one log; train.py resumes bit-equal, and lincls.py, whose features
-    do not depend on the batch, must give the classifier of one process.
+    """Two processes must share the batch and print one log; train.py resumes bit-equal and reports the kNN accuracy of
+    the encoder that is saved, and lincls.py, whose features do not depend on the batch, must give the classifier of one
+    process.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     if script == "train.py":
         lines = run(script, "--data", imagenet, *TINY, "--epochs", 2, "--seed", 5, "--save_dir", tmp_path,
-                    launcher=torchrun)
+                    "--knn-freq", 2, launcher=torchrun)
         assert len(losses(lines)) == 6
+        expected = brute_force_knn(newest(tmp_path, "checkpoint_0001.pth.tar"), imagenet)
+        assert any(line.startswith(f" * Epoch 1 kNN-20 {expected:.1f} kNN-200 ") for line in lines)
         assert any("(4 a rank)" in line for line in lines)
         assert (load(tmp_path)["u"] > 0).all()
         resumed = run(script, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path / "again", "--resume",
@@ -438,6 +487,8 @@ BAD = [
     ("train.py", ["--multiprocessing-distributed", "--dist-url", "localhost"], "--dist-url localhost: must be"),
     ("train.py", ["--world-size", "2", "--rank", "0"], "--world-size 2: needs"),
     ("train.py", ["--world-size", "2", "--rank", "2", "--dist-url", "tcp://localhost:1"], "--rank 2: must be below"),
+    ("train.py", ["--knn-freq", "1", "--data_name", "folder", "--data", "SUBSET"],
+     "--knn-freq 1: needs images with labels, leave the flag out where there are none; --data"),
     ("train.py", ["--unknown"], "unrecognized arguments: --unknown"),
     ("train.py", ["--save_dir", "TEXT/below"], "--save_dir"),
 ]
