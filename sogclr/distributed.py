@@ -400,3 +400,20 @@ def all_gather(tensor):
     gathered = tensor.new_empty((world_size() * len(tensor), *tensor.shape[1:]))
     dist.all_gather_into_tensor(gathered, tensor.contiguous())
     return gathered
+
+
+def gather(tensor):
+    """[n, ...] on each rank, where n is its own -> [N, ...] in the order of ranks, on every rank. No gradient.
+
+    Holds the result and, until it returns, nothing beside it but the tensor itself.
+    """
+    if world_size() == 1:
+        return tensor
+    sizes = all_gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+    whole = tensor.new_empty((sum(sizes), *tensor.shape[1:]))
+    for source, part in enumerate(whole.split(sizes)):
+        if source == rank():
+            part.copy_(tensor)
+        if len(part):
+            dist.broadcast(part, source)
+    return whole
