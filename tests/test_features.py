@@ -1,7 +1,8 @@
-"""Features of a data set: each image once, whatever the number of ranks."""
+"""Features of a data set, and what their nearest neighbours say: the same on any number of ranks."""
 
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -10,6 +11,7 @@ from PIL import Image
 from sogclr import InputError
 from sogclr.distributed import gather
 from sogclr.features import extract
+from sogclr.knn import knn_accuracy
 from sogclr.loader import EpochSampler, Labelled, Loader
 
 N, SIZE = 13, 8
@@ -44,24 +46,67 @@ def collect(case):
     return gather(features), gather(labels), len(features)
 
 
+CLASSES, KS, TEMPERATURE = 10, (1, 5, 20, 200), 0.07
+
+
+def neighbourhood():
+    """Bank and queries, each with labels: classes that overlap, and rows that stand twice, under two labels. The bank
+    holds fewer than 200 rows.
+    """
+    rng = np.random.default_rng(2)
+    centres = rng.normal(size=(CLASSES, 8))
+    bank_labels, query_labels = rng.integers(CLASSES, size=120), rng.integers(CLASSES, size=300)
+    bank = centres[bank_labels] + 1.5 * rng.normal(size=(120, 8))
+    queries = centres[query_labels] + 1.5 * rng.normal(size=(300, 8))
+    bank = np.concatenate([bank, 4 * bank[:40], np.zeros((1, 8))])
+    bank_labels = np.concatenate([bank_labels, (bank_labels[:40] + rng.integers(1, CLASSES, size=40)) % CLASSES, [3]])
+    order = rng.permutation(len(bank))
+    return bank[order].astype(np.float16), bank_labels[order], queries.astype(np.float32), query_labels
+
+
+def brute_force(bank, bank_labels, queries, query_labels):
+    """{k: percent} by loops in float64, from InstDisc's formula."""
+    bank, hits = bank.astype(np.float64), dict.fromkeys(KS, 0)
+    for query, target in zip(queries.astype(np.float64), query_labels, strict=True):
+        similarity = [row @ query / max(np.linalg.norm(row) * np.linalg.norm(query), 1e-9) for row in bank]
+        nearest = sorted(range(len(bank)), key=lambda j: (-round(similarity[j], 9), bank_labels[j]))
+        for k in KS:
+            votes = np.zeros(CLASSES)
+            for j in nearest[:k]:
+                votes[bank_labels[j]] += np.exp(similarity[j] / TEMPERATURE)
+            hits[k] += votes.argmax() == target
+    return {k: 100 * count / len(queries) for k, count in hits.items()}
+
+
+def neighbours(rank, world, chunk, uneven):
+    """What `knn_accuracy` says where the ranks share bank and queries by turns, or where the last rank has no bank."""
+    bank, bank_labels, queries, query_labels = map(torch.from_numpy, neighbourhood())
+    mine = slice(rank, None, world)
+    bank_share = mine if not uneven else slice(0, None) if rank == 0 else slice(0, 0)
+    return knn_accuracy(bank[bank_share], bank_labels[bank_share], queries[mine], query_labels[mine], CLASSES, KS,
+                        TEMPERATURE, chunk)
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save([collect(case) for case in CASES], f"{folder}/{rank}.pt")
+    torch.save([neighbours(rank, 2, 32, uneven) for uneven in (False, True)], f"{folder}/knn{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What two processes collect."""
+def folder(tmp_path_factory):
+    """Where two processes have left what they found."""
     folder = tmp_path_factory.mktemp("features")
     mp.spawn(worker, nprocs=2, args=(str(folder),))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return folder
 
 
 @pytest.mark.parametrize("k", range(len(CASES)), ids=["unequal", "drop_last", "empty"])
-def test_each_image_stands_once_with_its_own_features(ranks, k):
+def test_each_image_stands_once_with_its_own_features(folder, k):
     """One and two ranks must collect the same images, each once and beside its own label; both ranks alike."""
+    ranks = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     batch_size, drop_last, _ = CASES[k]
     features, labels, n = collect(CASES[k])
     assert n == len(labels) == len(set(labels.tolist()))
@@ -74,3 +119,23 @@ def test_each_image_stands_once_with_its_own_features(ranks, k):
         assert torch.equal(their_labels, ranks[0][k][1])
         assert sorted(their_labels.tolist()) == sorted(labels.tolist())
         assert torch.equal(theirs.float(), their_labels[:, None] * torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_neighbours_vote_as_the_paper_says(folder, capsys):
+    """On one and two ranks, in chunks of any size: exactly the brute-force accuracies, also among ties, and where k is
+    cut to the bank.
+    """
+    expected = brute_force(*neighbourhood())
+    assert len(set(expected.values())) == len(KS)       # each k decides something
+    for chunk in (7, 4096):
+        assert neighbours(0, 1, chunk, False) == expected
+    assert "the bank holds only 161 images, so k = 200 takes them all" in capsys.readouterr().out
+    for rank in range(2):
+        assert torch.load(folder / f"knn{rank}.pt") == [expected] * 2
+
+
+def test_features_that_are_not_finite_have_no_accuracy():
+    """A monitor must not stop a run, nor show a number that means nothing."""
+    bank, bank_labels, queries, query_labels = map(torch.from_numpy, neighbourhood())
+    queries[5, 0] = float("inf")
+    assert np.isnan(list(knn_accuracy(bank, bank_labels, queries, query_labels, CLASSES).values())).all()
