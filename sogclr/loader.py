@@ -5,8 +5,10 @@ device (`sogclr.augment`). What is drawn for image i in epoch e depends on (seed
 workers nor on the number of ranks.
 """
 
+import atexit
 import dataclasses
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -362,11 +364,7 @@ class Loader:
     def upload(self, content):
         """Copy the images (and what is drawn for them) to the device and prepare them; the last item stays on the host.
         """
-        def move(part):
-            if isinstance(part, (tuple, list)):     # pinning makes lists of tuples in some releases of torch
-                return tuple(map(move, part))
-            return torch.as_tensor(part).to(self.device, non_blocking=True)
-        views = map(move, content[:-1])
+        views = (_to_device(view, self.device) for view in content[:-1])
         return *(map(self.prepare, views) if self.prepare else views), torch.as_tensor(content[-1])
 
     def report(self, bad):
@@ -375,6 +373,12 @@ class Loader:
             if index not in self.reported:
                 self.reported.add(index)
                 print(f"=> skipped {line} ({len(self.reported)} skipped by rank {rank()})", file=sys.stderr, flush=True)
+
+
+def _to_device(part, device):
+    if isinstance(part, (tuple, list)):     # pinning makes lists of tuples in some releases of torch
+        return tuple(_to_device(item, device) for item in part)
+    return torch.as_tensor(part).to(device, non_blocking=True)
 
 
 def _as_made(batch):
@@ -411,6 +415,15 @@ def _leave_signals_to_the_rank(worker):
     """What stops a run reaches its whole process group; a worker goes on until its rank has saved and ends it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers():
+    """multiprocessing ends what is left at exit by SIGTERM, which workers ignore, and would wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler takes it for a crash
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def workers_per_rank(workers):

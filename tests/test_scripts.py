@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -498,6 +499,17 @@ def test_unreadable_image_ends_every_rank(imagenet, tmp_path):
                ok=False, launcher=torchrun)
     assert done.returncode != 0
     assert f"train.py: error: {tmp_path}/3.jpg: not a readable image" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "lincls.py"])
+def test_unreadable_image_ends_a_process_with_workers(script, imagenet, tmp_path):
+    """The line, and an end although the workers leave signals to their rank."""
+    shutil.copytree(imagenet, tmp_path / "data")
+    (tmp_path / "data" / "train" / "n01440764" / "n01440764_3.JPEG").write_bytes(b"broken")
+    done = run(script, "--data", tmp_path / "data", *TINY, "--workers", 2, "--save_dir", tmp_path / "saved", ok=False)
+    assert done.returncode == 2
+    assert f"{script}: error: {tmp_path}/data/train/n01440764/n01440764_3.JPEG: not a readable" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_imagenet100_is_linked(tmp_path):
