@@ -393,6 +393,13 @@ def all_reduce_sum(tensor):
     return tensor
 
 
+def broadcast(tensor):
+    """Replace the tensor by rank 0's, in place, and return it."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def all_gather(tensor):
     """[b, ...] on every rank -> [B, ...] in the order of ranks, on every rank. No gradient."""
     if world_size() == 1:

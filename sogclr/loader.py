@@ -236,15 +236,17 @@ class TwoViews(_Batches):
 class Labelled(_Batches):
     """Batches (crops uint8 [B, 3, size, size], labels [B]): random crops if `augment`, else the centre.
 
-    For evaluation (`augment=False`) a skipped image is left out rather than replaced, so that none is counted twice.
+    replace: whether a skipped image is replaced by a spare one, by default if `augment`; for evaluation it is left out
+    rather, so that none is counted twice.
     """
 
-    def __init__(self, image_set, seed=0, augment=False, bad_images="stop"):
+    def __init__(self, image_set, seed=0, augment=False, bad_images="stop", replace=None):
         super().__init__(image_set, seed, bad_images)
         self.augment, self.bytes_per_image = augment, 3 * self.size**2
+        self.replace = augment if replace is None else replace
 
     def make(self, epoch, wanted, spare):
-        good, bad = self.read(wanted, spare if self.augment else ())
+        good, bad = self.read(wanted, spare if self.replace else ())
         crops = torch.empty(len(good), self.size, self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for row, (index, image, _) in enumerate(good):
             if self.augment:

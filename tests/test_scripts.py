@@ -259,7 +259,8 @@ def test_spoiled_weights_are_not_saved(imagenet, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", ["--lr 0.5", "--momentum 0.1", "--wd 0.5", "--batch-size 6", "--seed 2",
-                                   "--start-epoch 1", "--epochs 4", "--precision bf16", "--image-size 40"])
+                                   "--start-epoch 1", "--epochs 4", "--precision bf16", "--image-size 40",
+                                   "--features cached", "--train-percent 50", "--finetune"])
 def test_every_flag_of_lincls_has_an_effect(flags, imagenet, tmp_path):
     """Another value of any flag of the protocol must lead to another classifier."""
     common = ["--data", imagenet, *TINY, "--workers", 0, "--epochs", 3, "--seed", 1]
@@ -374,6 +375,15 @@ BAD = [
     ("lincls.py", ["--pretrained", "TEXT"], "TEXT: not a checkpoint"),
     ("lincls.py", ["-e"], "--evaluate: needs"),
     ("lincls.py", ["-e", "--resume", "auto"], "--evaluate: "),
+    ("lincls.py", ["--finetune", "--features", "cached"], "--finetune: changes the encoder"),
+    ("lincls.py", ["--finetune", "--lr", "0.1", "0.2"], "--finetune: trains one network, give one --lr"),
+    ("lincls.py", ["--finetune", "--batch-size", "25"], "--batch-size 25 is more than the 24 training images"),
+    ("lincls.py", ["--knn", "--finetune"], "--knn: trains nothing"),
+    ("lincls.py", ["--knn", "--resume", "OTHER"], "--knn: has nothing to resume"),
+    ("lincls.py", ["--lr", "0.1", "0.10"], "--lr, --wd: a value is given twice"),
+    ("lincls.py", ["--encoder-lr", "0.1"], "--encoder-lr: belongs to --finetune"),
+    ("lincls.py", ["--cached-epochs", "1"], "--cached-epochs: belongs to --features cached"),
+    ("lincls.py", ["--train-percent", "0"], "--train-percent: must be a number in (0, 100]"),
     ("lincls.py", ["--start-epoch", "90"], "--start-epoch 90: must be below --epochs 1"),
     ("train.py", ["--start-epoch", "900"], "--start-epoch 900: must be below --epochs 1"),
     ("train.py", ["--world-size", "0"], "--world-size 0: must be at least 1"),
