@@ -1,12 +1,22 @@
 #!/usr/bin/env python3
-"""Linear evaluation: trains a linear classifier on the frozen features of an encoder and prints its accuracy.
+"""Evaluation of an encoder: of its frozen features, by linear classifiers or nearest neighbours, or after fine-tuning.
 
 The encoder of a run of train.py, on ImageNet-1K with the usual protocol (the defaults):
     python lincls.py --data DIR --pretrained saved_models/RUN/checkpoint_0799.pth.tar
 
 A randomly initialised encoder, to compare with: leave out --pretrained.
+
+Eight learning rates in one pass, the quick protocol, no training at all, and all layers on a tenth of the images:
+    python lincls.py --data DIR --pretrained ... --lr 0.03 0.1 0.3 1 3 10 30 100
+    python lincls.py --data DIR --pretrained ... --features cached
+    python lincls.py --data DIR --pretrained ... --knn
+    python lincls.py --data DIR --pretrained ... --train-percent 10 --finetune
 """
 
+import dataclasses
+import itertools
+import math
+import time
 from pathlib import Path
 
 import torch
@@ -14,29 +24,102 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 
-from sogclr import InputError, Stopped, checkpoint
+from sogclr import InputError, Stopped, checkpoint, report
 from sogclr.augment import Normalize
 from sogclr.builder import choose_stem, encoder_state, load_encoder, resnet
-from sogclr.distributed import all_reduce_sum, device_names, launch, log, rank, set_seed, stop_requested, world_size
-from sogclr.flags import Parser, add_shared_flags, non_defaults, resolve_precision
+from sogclr.classifiers import Classifiers
+from sogclr.distributed import (
+    all_reduce_sum,
+    broadcast,
+    data_parallel,
+    device_names,
+    launch,
+    log,
+    rank,
+    set_seed,
+    stop_requested,
+    world_size,
+)
+from sogclr.features import CachedFeatures, Encoder, FreshFeatures, extract
+from sogclr.flags import Parser, add_shared_flags, non_defaults, number, resolve_precision
+from sogclr.knn import knn_accuracy
 from sogclr.loader import EpochSampler, Labelled, Loader, open_data_set
 from sogclr.meters import AverageMeter, Progress, correct_in_top
-from sogclr.optimizer import lr_at, set_lr
+from sogclr.optimizer import lr_at
+from sogclr.subset import Subset, balanced_indices
 
 BEST = "model_best.pth.tar"
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "best_acc1", "best_epoch")
 # What a resumed run must share with its checkpoint: all that decides the numbers.
-METHOD_FLAGS = ("image_size", "batch_size", "epochs", "lr", "momentum", "weight_decay", "precision", "seed")
+PROTOCOL_FLAGS = ("features", "cached_epochs", "train_percent", "finetune", "encoder_lr")
+METHOD_FLAGS = ("image_size", "batch_size", "epochs", "lr", "momentum", "weight_decay", "precision", "seed",
+                *PROTOCOL_FLAGS)
+EMBEDDED = 1000     # validation images in TensorBoard's projector
 
 
 def build_parser():
-    parser = Parser("Linear evaluation of a pretrained encoder")
-    groups = add_shared_flags(parser, batch_size=1024, epochs=90, lr=0.1, weight_decay=0.0)
+    parser = Parser("Evaluation of a pretrained encoder: linear (the default), by nearest neighbours, or fine-tuned")
+    groups = add_shared_flags(parser, batch_size=1024, epochs=90, lr=0.1, weight_decay=0.0, several=True)
     groups["model"].add_argument("--pretrained", default="", metavar="PATH",
                        help="checkpoint of train.py, or the authors' (default: none, a random encoder)")
+    protocol = parser.add_argument_group("protocol", "Without any of these: the linear evaluation of MoCo.")
+    protocol.add_argument("--features", default="augmented", choices=("augmented", "cached"),
+                          help="of the frozen encoder: augmented are those of new random crops in each epoch, the "
+                               "classic protocol; cached are computed once, of centre crops, and kept in memory, the "
+                               "quick protocol")
+    protocol.add_argument("--cached-epochs", default=0, type=number(int, "[0, inf)"), metavar="K",
+                          help="with --features cached: also keep those of the first K epochs of random crops; epochs "
+                               "take turns in them")
+    protocol.add_argument("--knn", action="store_true",
+                          help="no training: a validation image's class is that of its 20 or 200 nearest training "
+                               "images (weighted, temperature 0.07)")
+    protocol.add_argument("--train-percent", default=100.0, type=number(float, "(0, 100]"), metavar="P",
+                          help="share of the training images to use, the same number of each class, drawn by the seed "
+                               "and listed in train_subset.txt")
+    protocol.add_argument("--finetune", action="store_true", help="train the encoder too, all layers")
+    protocol.add_argument("--encoder-lr", type=number(float, "(0, inf)"), metavar="LR",
+                          help="with --finetune: the encoder's base learning rate, times B / 256 as --lr is (default: "
+                               "a tenth of --lr)")
     groups["run"].add_argument("-e", "--evaluate", action="store_true",
                                help="only evaluate the classifier given by --resume on the validation set")
     return parser
+
+
+def check(args):
+    """Refuse flags that contradict each other."""
+    several = len(grid(args)) > 1
+    contradictions = [
+        (args.evaluate and not args.resume,
+         "-e/--evaluate: needs the classifier to evaluate, give its checkpoint with --resume"),
+        (args.start_epoch is not None and args.start_epoch >= args.epochs,
+         f"--start-epoch {args.start_epoch}: must be below --epochs {args.epochs}"),
+        (len(set(grid(args))) < len(grid(args)), "--lr, --wd: a value is given twice"),
+        (args.finetune and args.features == "cached",
+         "--finetune: changes the encoder, so its features cannot be kept, leave out --features cached"),
+        (args.finetune and several, "--finetune: trains one network, give one --lr and one --wd"),
+        (args.knn and (args.finetune or several or args.features == "cached"),
+         "--knn: trains nothing, leave out --finetune, --features cached and several values of --lr and --wd"),
+        (args.knn and (args.evaluate or args.resume not in ("", "auto")),
+         "--knn: has nothing to resume or evaluate, leave out -e and --resume (--pretrained takes any checkpoint)"),
+        (args.encoder_lr and not args.finetune, "--encoder-lr: belongs to --finetune, give that too"),
+        (args.cached_epochs and args.features != "cached",
+         "--cached-epochs: belongs to --features cached, give that too")]
+    for contradicts, line in contradictions:
+        if contradicts:
+            raise InputError(line)
+
+
+def grid(args):
+    """[(learning rate, weight decay)] of each classifier: every value of --lr with every value of --wd."""
+    return list(itertools.product(*(value if isinstance(value, list) else [value]
+                                    for value in (args.lr, args.weight_decay))))
+
+
+def protocol(args):
+    """What is done, for people."""
+    name = "kNN evaluation" if args.knn else "fine-tuning" if args.finetune else "linear evaluation"
+    return (name + " with cached features" * (args.features == "cached")
+            + (f" on {args.train_percent:g} % of the training images" if args.train_percent < 100 else ""))
 
 
 def run_folder(args):
@@ -46,142 +129,197 @@ def run_folder(args):
         encoder, part = source.parent.name, source.name.split(".")[0]
     else:
         encoder, part = f"{args.data_name}_{args.arch}_random", "init"
-    name = f"{part}_bz_{args.batch_size}_E{args.epochs}_lr_{args.lr:g}_wd_{args.weight_decay:g}_m_{args.momentum:g}"
+    lrs, decays = (",".join(f"{value:g}" for value in dict.fromkeys(values))
+                   for values in zip(*grid(args), strict=True))
+    how = f"bz_{args.batch_size}_E{args.epochs}_lr_{lrs}_wd_{decays}_m_{args.momentum:g}" if not args.knn else "knn"
     return (Path(args.save_dir) / f"linear_eval_{encoder}"
-            / (name + non_defaults(PARSER, args, ("data_name", "stem", "image_size", "precision", "seed"))))
+            / (f"{part}_{how}" + non_defaults(PARSER, args, ("data_name", "stem", "image_size", "precision", "seed",
+                                                             *PROTOCOL_FLAGS))))
 
 
 def main_worker(args, device):
-    if args.evaluate and not args.resume:
-        raise InputError("-e/--evaluate: needs the classifier to evaluate, give its checkpoint with --resume")
-    if args.start_epoch is not None and args.start_epoch >= args.epochs:
-        raise InputError(f"--start-epoch {args.start_epoch}: must be below --epochs {args.epochs}")
-    train_data = open_data_set(args.data_name, args.data, "train", args.image_size)
-    val_data = open_data_set(args.data_name, args.data, "val", args.image_size)
-    classes = train_data.images.classes
-    if classes != val_data.images.classes:
-        raise InputError(f"--data {args.data or 'data/' + args.data_name}: train and val hold different classes "
-                         f"({len(classes)} and {len(val_data.images.classes)}), make them the same folders")
-
-    source, pretrained = f"--pretrained {args.pretrained}", None
-    if args.pretrained:
-        pretrained = read_encoder(checkpoint.load(args.pretrained, "--pretrained"), source, args)
-
-    # The run's folder, and the checkpoint to continue from, whose seed goes on unless another is given.
-    folder = run_folder(args)
-    if args.evaluate and args.resume != "auto":
-        resume, saved = args.resume, checkpoint.load(args.resume, "--resume", CHECKPOINT_KEYS)
+    check(args)
+    run = Run(args, device)
+    if args.knn:
+        evaluate_knn(run)
+    elif args.evaluate:
+        evaluate_saved(run)
     else:
-        resume, saved = checkpoint.open_run(folder, args.resume, CHECKPOINT_KEYS)
-    if args.evaluate and not resume:
-        raise InputError(f"-e/--evaluate: {folder} holds no run yet, give a checkpoint with --resume PATH")
-    if saved:
-        source = f"--resume {resume}"
-        pretrained = same_encoder(read_encoder(saved, source, args), pretrained, saved, source, args)
-    seed = set_seed(args, saved)
-    train_sampler = EpochSampler(len(train_data.images), args.batch_size, seed, shuffle=True)
-    train_crops = Labelled(train_data, seed, augment=True, bad_images=args.bad_images)
-    train_loader = Loader(train_crops, train_sampler, args.workers, device)
-    val_sampler = EpochSampler(len(val_data.images), args.batch_size)
-    val_loader = Loader(Labelled(val_data, bad_images=args.bad_images), val_sampler, args.workers, device)
-    normalize = Normalize(train_data.mean, train_data.std).to(device)
+        train(run)
 
-    # The frozen encoder gives features [b, C]; the classifier alone is trained.
-    stem = choose_stem(args.stem, train_data.image_size)
-    if pretrained:
-        stem = "cifar" if pretrained["conv1.weight"].shape[-1] == 3 else "imagenet"
-        if args.stem not in ("auto", stem):
-            raise InputError(f"--stem {args.stem}: {source} has the {stem} stem, leave the flag out")
-    encoder = resnet(args.arch, stem)
-    classifier = nn.Linear(encoder.fc.in_features, len(classes))
-    nn.init.normal_(classifier.weight, std=0.01)
-    nn.init.zeros_(classifier.bias)
-    encoder.fc = nn.Identity()
-    if pretrained:
-        load_encoder(encoder, pretrained, source)
-    encoder.requires_grad_(False).eval().to(device)     # BatchNorm too: its running statistics belong to the encoder
-    classifier.to(device)
-    if device.type == "cuda":
-        encoder.to(memory_format=torch.channels_last)
-    frozen = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    optimizer = torch.optim.SGD(classifier.parameters(), args.lr, momentum=args.momentum,
-                                weight_decay=args.weight_decay)
-    peak_lr = args.lr * args.batch_size / 256
-    precision, dtype = resolve_precision(args.precision, device)
 
-    settings = vars(args) | {"seed": seed, "precision": precision, "stem": stem, "image_size": train_data.image_size}
-    start_epoch, start_step, best = 0, 0, (0.0, -1)
-    if resume:
-        if not args.evaluate:
-            PARSER.require_same(saved.get("settings", {}), {name: settings[name] for name in METHOD_FLAGS},
-                                f"--resume {resume}")
-        start_epoch, start_step, best = restore(saved, resume, classifier, optimizer)
-    if args.start_epoch is not None:
-        start_epoch, start_step = args.start_epoch, 0
-    log(f"=> linear evaluation of {args.pretrained or resume or 'a random encoder'} "
-        f"({args.arch}, {stem} stem, {precision}), on {device_names(device)}")
-    log(f"=> {args.data_name}: {len(train_data.images)} training and {len(val_data.images)} validation images of "
-        f"{train_data.image_size} pixels, {len(classes)} classes, seed {seed}"
-        + ("" if args.evaluate else f", run folder {folder}"))
+class Run:
+    """What every protocol starts from: the data, the encoder, its classifiers, and the folder for what comes out."""
+
+    def __init__(self, args, device):
+        self.args, self.device, self.started = args, device, time.perf_counter()
+        self.train_data, self.val_data = (open_data_set(args.data_name, args.data, split, args.image_size)
+                                          for split in ("train", "val"))
+        self.classes = self.train_data.images.classes
+        if self.classes != self.val_data.images.classes:
+            raise InputError(f"--data {args.data or 'data/' + args.data_name}: train and val hold different classes "
+                             f"({len(self.classes)} and {len(self.val_data.images.classes)}), make them the same "
+                             "folders")
+
+        # The run's folder, and the checkpoint to continue from, whose seed goes on unless another is given.
+        self.folder = run_folder(args)
+        pretrained, source, self.resume, self.saved = open_checkpoints(args, self.folder)
+        self.seed = set_seed(args, self.saved)
+        if args.train_percent < 100:
+            images = self.train_data.images
+            few = Subset(images, balanced_indices(images.targets, args.train_percent, self.seed))
+            self.train_data = dataclasses.replace(self.train_data, images=few)
+            if rank() == 0 and not args.evaluate:
+                few.write_list(self.folder / "train_subset.txt")
+        num_images, image_size = len(self.train_data.images), self.train_data.image_size
+
+        # The encoder gives features [b, C]; where it is frozen, the classifiers alone are trained.
+        stem = choose_stem(args.stem, image_size)
+        if pretrained:
+            stem = "cifar" if pretrained["conv1.weight"].shape[-1] == 3 else "imagenet"
+            if args.stem not in ("auto", stem):
+                raise InputError(f"--stem {args.stem}: {source} has the {stem} stem, leave the flag out")
+        precision, dtype = resolve_precision(args.precision, device)
+        network = resnet(args.arch, stem)
+        self.num_features, network.fc = network.fc.in_features, nn.Identity()
+        pairs = grid(args)
+        if args.evaluate:       # all that the file holds
+            pairs = [(row["lr"], row["weight_decay"]) for row in self.saved.get("classifiers", ())] or pairs
+        self.classifiers = Classifiers(self.num_features, len(self.classes), pairs).to(device)
+        if pretrained:
+            load_encoder(network, pretrained, source)
+        if device.type == "cuda" or args.finetune:      # as the crops lie; gradients should lie as their weights
+            network.to(memory_format=torch.channels_last)
+        if args.finetune and device.type == "cuda" and world_size() > 1:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.encoder = Encoder(network, Normalize(self.train_data.mean, self.train_data.std), dtype).to(device)
+        self.encoder.requires_grad_(args.finetune).eval()   # frozen BatchNorm too: its statistics are the encoder's
+
+        self.settings = vars(args) | {"seed": self.seed, "precision": precision, "stem": stem, "image_size": image_size,
+                                      "encoder_lr": (args.encoder_lr or args.lr / 10) if args.finetune else None}
+        log(f"=> {protocol(args)} of {args.pretrained or self.resume or 'a random encoder'} "
+            f"({args.arch}, {stem} stem, {precision}), on {device_names(device)}")
+        log(f"=> {args.data_name}: {num_images} training and {len(self.val_data.images)} validation images of "
+            f"{image_size} pixels, {len(self.classes)} classes, seed {self.seed}"
+            + ("" if args.evaluate else f", run folder {self.folder}"))
 
     @torch.inference_mode()
-    def features(images):
-        """uint8 [b, 3, H, W] -> float32 [b, C]"""
-        with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
-            return encoder(normalize(images)).float()
+    def encode(self, images):
+        """uint8 [b, 3, H, W] -> float32 [b, C], by the encoder as it is now."""
+        return self.encoder(images)
 
-    def validate():
-        """Acc@1 and Acc@5 in percent, over each validation image exactly once, on all ranks."""
-        counts = torch.zeros(3, dtype=torch.int64, device=device)       # right in top 1, in top 5, seen
-        for images, target in val_loader.epoch(0):
-            if len(images):
-                counts[:2] += correct_in_top(classifier(features(images)), target.to(device), (1, 5))
-                counts[2] += len(images)
-        *hits, seen = all_reduce_sum(counts).tolist()
-        return [100 * count / seen for count in hits]
+    def loader(self, data, sampler=None, **how):
+        """Batches (images, labels) of a data set, by default of centre crops in its own order."""
+        sampler = sampler or EpochSampler(len(data.images), self.args.batch_size)
+        return Loader(Labelled(data, self.seed, bad_images=self.args.bad_images, **how), sampler, self.args.workers,
+                      self.device)
 
-    if args.evaluate:
-        with torch.no_grad():
-            acc1, acc5 = validate()
-        log(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}")
-        return
+    def write_results(self, path, **measured):
+        """The run's record for machines."""
+        if rank() == 0:
+            report.write_results(path, {
+                "protocol": protocol(self.args), "pretrained": self.args.pretrained or None, **measured,
+                "classes": len(self.classes), "train_images": len(self.train_data.images),
+                "val_images": len(self.val_data.images), "seconds": round(time.perf_counter() - self.started, 1),
+                "settings": self.settings, **report.surroundings(self.device)})
 
-    events = SummaryWriter(folder, purge_step=start_epoch or None) if rank() == 0 else None
-    writer = checkpoint.Writer(folder, args.save_minutes)
-    acc1, acc5 = saved.get("acc1", float("nan")), saved.get("acc5", float("nan"))
+
+def evaluate_knn(run):
+    """The class of a validation image by its nearest training images."""
+    bank, queries = (extract(run.encode, run.loader(data), torch.float16) for data in (run.train_data, run.val_data))
+    accuracies = knn_accuracy(*bank, *queries, len(run.classes))
+    run.write_results(run.folder / "results.json", knn_acc1=accuracies)
+    log("=> kNN: " + ", ".join(f"k = {k} Acc@1 {acc1:.3f}" for k, acc1 in accuracies.items()))
+
+
+def evaluate_saved(run):
+    """The accuracy of the classifiers in a checkpoint."""
+    restore(run)
+    classifiers, batches = run.classifiers, FreshFeatures(run.encode, run.loader(run.val_data))
+    for score, (acc1, acc5) in zip(classifiers.scores, validate(classifiers, batches, classifiers, run.device),
+                                   strict=True):
+        score.update(acc1=acc1, acc5=acc5)
+    file = Path(run.resume)
+    run.write_results(file.with_name(f"results_{file.name.split('.')[0]}.json"), evaluated=str(file),
+                      classifiers=classifiers.scores, chosen=classifiers.chosen)
+    if len(classifiers) > 1:
+        log(classifiers.table())
+    log(" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}".format(**classifiers.best))
+
+
+def train(run):
+    """Train the classifiers, and with --finetune the encoder, and validate after every epoch."""
+    args, device, classifiers, encoder = run.args, run.device, run.classifiers, run.encoder
+    order = EpochSampler(len(run.train_data.images), args.batch_size, run.seed, shuffle=True, drop_last=args.finetune)
+    if args.finetune:
+        check_batch(args, order.num_images)
+
+    # SGD, for each classifier with its own learning rate and weight decay.
+    groups = [{"params": classifier.parameters(), "lr": score["lr"], "weight_decay": score["weight_decay"]}
+              for classifier, score in zip(classifiers, classifiers.scores, strict=True)]
+    if args.finetune:
+        groups.append({"params": encoder.parameters(), "lr": run.settings["encoder_lr"],
+                       "weight_decay": args.weight_decay})
+    peak_lrs = [group["lr"] * args.batch_size / 256 for group in groups]
+    optimizer = torch.optim.SGD(groups, momentum=args.momentum)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.finetune and run.settings["precision"] == "fp16")
+    start_epoch, start_step = restore(run, optimizer, scaler)
+
+    # What the model is given: images where the encoder learns too, else its features.
+    model = nn.Sequential(encoder, classifiers) if args.finetune else classifiers
+    if args.features == "cached":
+        batches, val_batches = cache_features(run, order)
+    else:
+        batches, val_batches = run.loader(run.train_data, order, augment=True), run.loader(run.val_data)
+        if not args.finetune:
+            batches, val_batches = FreshFeatures(run.encode, batches), FreshFeatures(run.encode, val_batches)
+    frozen = {} if args.finetune else {name: tensor.clone() for name, tensor in encoder.resnet.state_dict().items()}
+
+    # In TensorBoard, each of several classifiers is a run of its own in the folder.
+    several = len(classifiers) > 1
+    events = [SummaryWriter(run.folder / (name if several else "."), purge_step=start_epoch or None)
+              for name in classifiers.names if rank() == 0]
+    writer = checkpoint.Writer(run.folder, args.save_minutes)
+    results = run.folder / "results.json"
+    recorded = start_epoch >= args.epochs and results.exists()
 
     def state(epoch, step):
         """All that the rest of the run depends on, after `step` steps of `epoch`."""
-        weights = encoder.state_dict() | {f"fc.{name}": tensor for name, tensor in classifier.state_dict().items()}
-        return {"epoch": epoch, "step": step, "arch": args.arch, "state_dict": checkpoint.with_module(weights),
-                "optimizer": optimizer.state_dict(), "best_acc1": best[0], "best_epoch": best[1],
-                "acc1": acc1, "acc5": acc5, "seed": seed, "settings": settings}
+        head = {f"fc.{name}": tensor for name, tensor in classifiers[classifiers.chosen].state_dict().items()}
+        return {"epoch": epoch, "step": step, "arch": args.arch,
+                "state_dict": checkpoint.with_module(encoder.resnet.state_dict() | head),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), **classifiers.saved(),
+                "seed": run.seed, "settings": run.settings}
 
+    net = data_parallel(model, device)
     for epoch in range(start_epoch, args.epochs):
-        lr = lr_at(epoch, peak_lr, args.epochs)
-        set_lr(optimizer, lr)
-        losses, top1 = AverageMeter("Loss", ".4f"), AverageMeter("Acc@1", ".2f")
-        steps, first_step = len(train_loader), start_step if epoch == start_epoch else 0
+        net.train()
+        lrs = [lr_at(epoch, peak, args.epochs) for peak in peak_lrs]
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        shown = classifiers.chosen      # of several, in the progress lines
+        meters = [(AverageMeter("Loss", ".4f"), AverageMeter("Acc@1", ".2f")) for _ in classifiers]
+        steps, first_step = len(order), start_step if epoch == start_epoch else 0
         progress = Progress(epoch, steps, args.batch_size, (args.epochs - epoch) * steps - first_step)
-        for step, (images, target) in enumerate(train_loader.epoch(epoch, first_step), first_step):
+        for step, (inputs, target) in enumerate(batches.epoch(epoch, first_step), first_step):
             progress.loaded()
             target = target.to(device, non_blocking=True)
-            batch = min(args.batch_size, len(train_data.images) - step * args.batch_size)   # over all ranks
+            batch = min(args.batch_size, order.num_images - step * args.batch_size)     # over all ranks
 
-            # Every rank sums over its images; the sum over the ranks, divided by the global batch, is the mean.
-            output = classifier(features(images).clone())       # inference tensors cannot be saved for backward
-            loss = F.cross_entropy(output, target, reduction="sum") / batch
+            # The mean of the ranks' losses, and so of their gradients, is that of the global batch.
+            outputs = net(inputs)                                       # [b, K] of each classifier
+            losses = [F.cross_entropy(output, target, reduction="sum") * world_size() / batch for output in outputs]
             optimizer.zero_grad()
-            loss.backward()
-            for parameter in classifier.parameters():
-                all_reduce_sum(parameter.grad)
-            optimizer.step()
+            scaler.scale(sum(losses)).backward()
+            scaler.step(optimizer)
+            scaler.update()
 
-            losses.update(loss.detach() * world_size())
-            top1.update(100 * correct_in_top(output, target, (1,))[0] / max(len(target), 1), len(target))
+            for (average, top1), output, loss in zip(meters, outputs, losses, strict=True):
+                average.update(loss.detach())
+                top1.update(100 * correct_in_top(output, target, (1,))[0] / max(len(target), 1), len(target))
             progress.stepped()
             if step % args.print_freq == 0:
-                log(progress.line(step, [losses, top1, f"LR {lr:.4g}"]), live=progress.live)
+                log(progress.line(step, [*meters[shown], f"LR {lrs[shown]:.4g}"]), live=progress.live)
             stop = stop_requested()         # the same on all ranks
             if stop or writer.is_due():
                 writer.save(state(epoch, step + 1))
@@ -189,25 +327,94 @@ def main_worker(args, device):
                 writer.close()
                 raise Stopped(f"after epoch {epoch}, step {step}")
 
-        with torch.no_grad():
-            acc1, acc5 = validate()
-        best = max(best, (acc1, epoch))
-        log(f" * Epoch {epoch} Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} (best Acc@1 {best[0]:.3f} in epoch {best[1]})")
-        if rank() == 0:
-            for name, value in {"val Acc@1": acc1, "val Acc@5": acc5, "train Acc@1": top1.average,
-                                "train loss": losses.average, "learning rate": lr}.items():
-                events.add_scalar(name, value, epoch)
-        writer.save(state(epoch + 1, 0), *[BEST] * (best[1] == epoch))
-
+        if args.finetune and not math.isfinite(meters[0][0].average):
+            raise InputError(f"the loss is not finite in epoch {epoch}: take a smaller --lr ({args.lr:g}) or "
+                             f"--encoder-lr ({run.settings['encoder_lr']:g}); the checkpoints are from before")
+        classifiers.record(epoch, validate(model, val_batches, classifiers, device))
+        best = classifiers.best
+        log(" * Epoch {} Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} (best Acc@1 {best_acc1:.3f} in epoch {best_epoch})".format(
+            epoch, **best) + f" {classifiers.names[classifiers.chosen]}" * several)
+        for curve, score, (average, top1), lr in zip(events, classifiers.scores, meters, lrs, strict=False):
+            for name, value in {"val Acc@1": score["acc1"], "val Acc@5": score["acc5"], "train Acc@1": top1.average,
+                                "train loss": average.average, "learning rate": lr}.items():
+                curve.add_scalar(name, value, epoch)
+        writer.save(state(epoch + 1, 0), *[BEST] * (best["best_epoch"] == epoch))
     writer.close()
 
-    changed = [name for name, tensor in encoder.state_dict().items() if not torch.equal(tensor, frozen[name])]
+    now = encoder.resnet.state_dict()
+    changed = [name for name in frozen if not torch.equal(now[name], frozen[name])]
     if changed:
         raise RuntimeError(f"the frozen encoder changed while its classifier was trained: {', '.join(changed)}")
-    log(f"=> the frozen encoder is unchanged ({len(frozen)} tensors compared)")
-    log(f"=> last epoch: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}; best Acc@1 {best[0]:.3f} in epoch {best[1]}")
-    if events:
-        events.close()
+    if frozen:
+        log(f"=> the frozen encoder is unchanged ({len(frozen)} tensors compared)")
+    if not recorded:
+        run.write_results(results, classifiers=classifiers.scores, chosen=classifiers.chosen,
+                          chosen_by="best Acc@1 on the validation set", first_epoch=start_epoch)
+        embed(run)
+        for curve, score in zip(events, classifiers.scores, strict=False):
+            report.add_hparams(curve, run.settings, score)
+    for curve in events:
+        curve.close()
+    if several:
+        log(classifiers.table())
+    log("=> last epoch: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}; best Acc@1 {best_acc1:.3f} in epoch {best_epoch}".format(
+        **classifiers.best))
+
+
+@torch.no_grad()
+def validate(model, batches, classifiers, device):
+    """(Acc@1, Acc@5) of each classifier in percent, over each validation image exactly once, on all ranks."""
+    model.eval()
+    for buffer in model.buffers():      # on CPUs BatchNorm is each rank's own; rank 0's is what is saved
+        broadcast(buffer)
+    counts = torch.zeros(len(classifiers), 3, dtype=torch.int64, device=device)     # right in top 1, in top 5, seen
+    for inputs, target in batches.epoch(0):
+        if len(inputs):
+            target = target.to(device)
+            counts[:, :2] += torch.stack([correct_in_top(output, target, (1, 5)) for output in model(inputs)])
+            counts[:, 2] += len(inputs)
+    return [(100 * top1 / seen, 100 * top5 / seen) for top1, top5, seen in all_reduce_sum(counts).tolist()]
+
+
+def cache_features(run, order):
+    """Training and validation batches out of memory. order: the sampler of the training batches."""
+    begin, epochs = time.perf_counter(), run.args.cached_epochs
+    crops = run.loader(run.train_data, augment=True, replace=False)
+    passes = [(crops, epoch) for epoch in range(epochs)] + [(run.loader(run.train_data), 0)]
+    train = CachedFeatures(run.encode, run.num_features, passes, order)
+    val = CachedFeatures(run.encode, run.num_features, [(run.loader(run.val_data), 0)],
+                         EpochSampler(len(run.val_data.images), run.args.batch_size))
+    log(f"=> the quick protocol, not the classic one: {train.features.nbytes / 1e9:.3g} GB of features in half "
+        "precision, of centre crops" + f" and {epochs} epochs of random ones" * (epochs > 0)
+        + f", computed once in {time.perf_counter() - begin:.1f} s")
+    return train, val
+
+
+def embed(run):
+    """Validation images for TensorBoard's projector, the same number of each class."""
+    images = run.val_data.images
+    some = Subset(images, balanced_indices(images.targets, min(100 * EMBEDDED / len(images), 100), seed=0))
+    loader = run.loader(dataclasses.replace(run.val_data, images=some))
+    report.add_embedding(run.folder, run.encode, loader, run.classes, run.args.epochs)
+
+
+def open_checkpoints(args, folder):
+    """The encoder's tensors (None for a random one), the flag and file that they are from, the path of the checkpoint
+    to continue from or to evaluate, and what is in it ("" and {} where there is none).
+    """
+    source, pretrained = f"--pretrained {args.pretrained}", None
+    if args.pretrained:
+        pretrained = read_encoder(checkpoint.load(args.pretrained, "--pretrained"), source, args)
+    if args.evaluate and args.resume != "auto":
+        resume, saved = args.resume, checkpoint.load(args.resume, "--resume", CHECKPOINT_KEYS)
+    else:
+        resume, saved = checkpoint.open_run(folder, "auto" if args.knn else args.resume, CHECKPOINT_KEYS)
+    if args.evaluate and not resume:
+        raise InputError(f"-e/--evaluate: {folder} holds no run yet, give a checkpoint with --resume PATH")
+    if saved:
+        source = f"--resume {resume}"
+        pretrained = same_encoder(read_encoder(saved, source, args), pretrained, saved, source, args)
+    return pretrained, source, resume, saved
 
 
 def read_encoder(saved, source, args):
@@ -218,28 +425,57 @@ def read_encoder(saved, source, args):
 
 
 def same_encoder(resumed, pretrained, saved, source, args):
-    """The encoder of a resumed checkpoint, which must be that of --pretrained (None where that was not given)."""
-    made_with = saved.get("settings", {}).get("pretrained")
+    """The encoder of a resumed checkpoint, which, if it was frozen, must be that of --pretrained (None where that was
+    not given).
+    """
+    settings = saved.get("settings", {})
+    made_with = settings.get("pretrained")
     if pretrained is None and made_with and not args.evaluate:
         raise InputError(f"{source}: was made with --pretrained {made_with}, give that too")
-    if pretrained is not None and (resumed.keys() != pretrained.keys() or not all(
-            torch.equal(resumed[key], pretrained[key]) for key in resumed)):
+    if pretrained is not None and not settings.get("finetune") and (
+            resumed.keys() != pretrained.keys() or not all(torch.equal(resumed[key], pretrained[key])
+                                                           for key in resumed)):
         raise InputError(f"{source}: evaluates another encoder than --pretrained {args.pretrained}")
     return resumed
 
 
-def restore(saved, path, classifier, optimizer):
-    """Put the classifier's state back, and return the epoch and step to start with, and (best Acc@1, its epoch)."""
+def check_batch(args, num_images):
+    """Refuse a batch that BatchNorm cannot be trained on."""
+    ranks = world_size()
+    if args.batch_size % ranks or args.batch_size < 2 * ranks:
+        raise InputError(f"--finetune: --batch-size {args.batch_size} cannot be shared equally by {ranks} "
+                         f"process{'es' * (ranks > 1)} with at least 2 images each, take a multiple of {ranks} from "
+                         f"{2 * ranks} on")
+    if args.batch_size > num_images:
+        raise InputError(f"--finetune: --batch-size {args.batch_size} is more than the {num_images} training images, "
+                         "take a smaller one")
+
+
+def restore(run, optimizer=None, scaler=None):
+    """Put a checkpoint's classifiers, and the optimizer's and scaler's states, back where there is one. Returns the
+    epoch and step to start with.
+    """
+    args, saved, source = run.args, run.saved, f"--resume {run.resume}"
+    start = args.start_epoch or 0, 0
+    if not saved:
+        return start
     state = checkpoint.without_module(saved["state_dict"])
-    head = {name: state.get(f"fc.{name}", torch.empty(0)) for name in ("weight", "bias")}
-    if head["weight"].shape != classifier.weight.shape:
-        raise InputError(f"--resume {path}: has {len(head['bias'])} classes, "
-                         f"but this data set has {classifier.out_features}")
-    classifier.load_state_dict(head)
-    optimizer.load_state_dict(saved["optimizer"])
+    head = {name: state[f"fc.{name}"] for name in ("weight", "bias") if f"fc.{name}" in state}
+    if optimizer:
+        made_with = saved.get("settings", {})
+        if made_with:       # files from before these flags were made with their defaults
+            made_with = {name: PARSER.get_default(name) for name in PROTOCOL_FLAGS} | made_with
+        PARSER.require_same(made_with, {name: run.settings[name] for name in METHOD_FLAGS}, source)
+    run.classifiers.restore(saved, head, source)
+    if optimizer:
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved.get("scaler", {}))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InputError(f"{source}: was made by another protocol: {str(error).splitlines()[0]}") from error
     step = saved.get("step", 0)
-    log(f"=> resumed {path} after {saved['epoch']} epochs" + f" and {step} steps" * (step > 0))
-    return saved["epoch"], step, (saved["best_acc1"], saved["best_epoch"])
+    log(f"=> resumed {run.resume} after {saved['epoch']} epochs" + f" and {step} steps" * (step > 0))
+    return (saved["epoch"], step) if args.start_epoch is None else start
 
 
 PARSER = build_parser()

@@ -24,7 +24,7 @@ from sogclr import InputError, Stopped, checkpoint, distributed
 from sogclr.augment import Augment, Normalize, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, resnet
 from sogclr.distributed import data_parallel, device_names, launch, log, rank, set_seed, stop_requested, world_size
-from sogclr.features import extract
+from sogclr.features import Encoder, extract
 from sogclr.flags import Parser, add_shared_flags, non_defaults, number, resolve_precision
 from sogclr.knn import knn_accuracy
 from sogclr.loader import EpochSampler, Labelled, Loader, TwoViews, open_data_set
@@ -122,7 +122,7 @@ def main_worker(args, device):
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     augment = Augment(data.mean, data.std, data.blur, dtype, layout).to(device)
     loader = Loader(views, sampler, args.workers, device, augment)
-    knn = knn_evaluation(args, data, device, precision, dtype) if args.knn_freq else None
+    knn = knn_evaluation(args, data, device, dtype) if args.knn_freq else None
 
     # Model, loss, optimizer.
     stem = choose_stem(args.stem, data.image_size)
@@ -303,7 +303,7 @@ def restore(saved, path, args, model, criterion, optimizer, scaler):
     return saved["epoch"], step
 
 
-def knn_evaluation(args, data, device, precision, dtype):
+def knn_evaluation(args, data, device, dtype):
     """For --knn-freq: a function from the encoder to {k: its kNN accuracy in percent}, the same on every rank.
 
     data: the training images, whose centre crops are the bank; those of the validation images are the queries. It
@@ -324,7 +324,6 @@ def knn_evaluation(args, data, device, precision, dtype):
     bank, queries = (Loader(Labelled(images, bad_images=args.bad_images),
                             EpochSampler(len(images.images), args.batch_size), args.workers, device)
                      for images in (data, val_data))
-    normalize = Normalize(data.mean, data.std).to(device)
 
     def evaluate(encoder):
         frozen = copy.deepcopy(encoder).eval()
@@ -332,11 +331,12 @@ def knn_evaluation(args, data, device, precision, dtype):
         for buffer in frozen.buffers():
             distributed.broadcast(buffer)
 
+        encode = Encoder(frozen, Normalize(data.mean, data.std).to(device), dtype)
+
         @torch.inference_mode()
         def features(images):
             """uint8 [b, 3, H, W] -> float32 [b, C], of length 1: so half precision holds them."""
-            with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
-                return F.normalize(frozen(normalize(images)).float())
+            return F.normalize(encode(images))
 
         with torch.random.fork_rng(devices=[]):     # a loader takes its workers' seeds from there
             return knn_accuracy(*extract(features, bank, torch.float16), *extract(features, queries, torch.float16),

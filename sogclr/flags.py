@@ -41,6 +41,8 @@ class Parser(argparse.ArgumentParser):
             before, value = made_with.get(action.dest), now.get(action.dest)
             if before != value and action.dest in made_with and action.dest in now:
                 flag = next(name for name in action.option_strings if name.startswith("--"))
+                before, value = (" ".join(map(str, given)) if isinstance(given, list) else given
+                                 for given in (before, value))
                 cure = f"leave {flag} out" if before == action.default else f"give {flag} {before}"
                 raise InputError(f"{source}: was made with {flag} {before}, not {value}; {cure}, or start a new run")
 
@@ -67,8 +69,19 @@ def number(kind, interval):
     return parse
 
 
-def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay):
-    """Add the flags that both scripts have; the keywords are the defaults in which they differ. Returns the groups."""
+class _OneOrMore(argparse.Action):
+    """Of a flag with several values: one is stored as itself, more as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
+def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay, several=False):
+    """Add the flags that both scripts have; the keywords are the defaults in which they differ. Returns the groups.
+
+    several: whether --lr and --wd take several values.
+    """
+    values = {"nargs": "+", "action": _OneOrMore} if several else {}
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DIR", help="path to the data set (default: data/<data_name>)")
     data.add_argument("--data_name", default="imagenet1000", choices=DATA_SETS,
@@ -99,11 +112,13 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay):
     optim.add_argument("-b", "--batch-size", default=batch_size, type=number(int, "[1, inf)"), metavar="N",
                        help="images in a global batch, over all GPUs of all machines")
     optim.add_argument("--lr", "--learning-rate", dest="lr", default=lr, type=number(float, "(0, inf)"), metavar="LR",
-                       help="base learning rate: lincls.py multiplies it by B / 256, train.py as it is told")
+                       help="base learning rate: lincls.py multiplies it by B / 256, train.py as it is told"
+                            + "; several values train as many classifiers in one pass" * several, **values)
     optim.add_argument("--momentum", default=0.9, type=number(float, "[0, 1)"), metavar="M",
                        help="of LARS (train.py) or SGD (lincls.py)")
     optim.add_argument("--wd", "--weight-decay", dest="weight_decay", default=weight_decay,
-                       type=number(float, "[0, inf)"), metavar="W", help="weight decay")
+                       type=number(float, "[0, inf)"), metavar="W",
+                       help="weight decay" + "; several values: each with each learning rate" * several, **values)
     optim.add_argument("--precision", choices=("bf16", "fp16", "fp32"),
                        help="of the encoder's arithmetic; the loss is always float32; with fp32 a GPU's convolutions "
                             "use TF32 (default: bf16 on a GPU that has it, else fp16; fp32 on the CPU)")

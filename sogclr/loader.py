@@ -235,15 +235,17 @@ class TwoViews(_Batches):
 class Labelled(_Batches):
     """Batches (crops uint8 [B, 3, size, size], labels [B]): random crops if `augment`, else the centre.
 
-    For evaluation (`augment=False`) a skipped image is left out rather than replaced, so that none is counted twice.
+    replace: whether a skipped image is replaced by a spare one, by default if `augment`; for evaluation it is left out
+    rather, so that none is counted twice.
     """
 
-    def __init__(self, image_set, seed=0, augment=False, bad_images="stop"):
+    def __init__(self, image_set, seed=0, augment=False, bad_images="stop", replace=None):
         super().__init__(image_set, seed, bad_images)
         self.augment, self.bytes_per_image = augment, 3 * self.size**2
+        self.replace = augment if replace is None else replace
 
     def make(self, epoch, wanted, spare):
-        good, bad = self.read(wanted, spare if self.augment else ())
+        good, bad = self.read(wanted, spare if self.replace else ())
         crops = torch.empty(len(good), self.size, self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for row, (index, image, _) in enumerate(good):
             if self.augment:
@@ -363,11 +365,7 @@ class Loader:
     def upload(self, content):
         """Copy the images (and what is drawn for them) to the device and prepare them; the last item stays on the host.
         """
-        def move(part):
-            if isinstance(part, (tuple, list)):     # pinning makes lists of tuples in some releases of torch
-                return tuple(map(move, part))
-            return torch.as_tensor(part).to(self.device, non_blocking=True)
-        views = map(move, content[:-1])
+        views = (_to_device(view, self.device) for view in content[:-1])
         return *(map(self.prepare, views) if self.prepare else views), torch.as_tensor(content[-1])
 
     def report(self, bad):
@@ -376,6 +374,12 @@ class Loader:
             if index not in self.reported:
                 self.reported.add(index)
                 print(f"=> skipped {line} ({len(self.reported)} skipped by rank {rank()})", file=sys.stderr, flush=True)
+
+
+def _to_device(part, device):
+    if isinstance(part, (tuple, list)):     # pinning makes lists of tuples in some releases of torch
+        return tuple(_to_device(item, device) for item in part)
+    return torch.as_tensor(part).to(device, non_blocking=True)
 
 
 def _as_made(batch):

@@ -20,12 +20,15 @@ from scripts.fault_test import same
 from sogclr import distributed
 
 
-@pytest.mark.parametrize(("module", "workers", "number"), [
-    (train, 0, signal.SIGTERM), (train, 2, signal.SIGUSR1), (lincls, 1, signal.SIGINT)])
-def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, number, imagenet, tmp_path, monkeypatch,
-                                                              capsys):
+@pytest.mark.parametrize(("module", "workers", "number", "flags"), [
+    (train, 0, signal.SIGTERM, ""), (train, 2, signal.SIGUSR1, ""), (lincls, 1, signal.SIGINT, ""),
+    (lincls, 0, signal.SIGTERM, "--features cached --cached-epochs 1 --lr 0.1 0.5"),
+    (lincls, 0, signal.SIGTERM, "--finetune --precision fp16 --image-size 8")])
+def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, number, flags, imagenet, tmp_path,
+                                                              monkeypatch, capsys):
     """A signal must let the step end, save and exit with 75; the same command must then give the very same bits."""
-    command = ["--data", imagenet, *TINY, "--seed", 1, "--epochs", 3, "--workers", workers, "--resume", "auto"]
+    command = ["--data", imagenet, *TINY, "--seed", 1, "--epochs", 3, "--workers", workers, "--resume", "auto",
+               *flags.split()]
     straight = call(module, *command, "--save_dir", tmp_path / "straight")
     calls, original = iter(range(100)), distributed.stop_requested
 

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -342,7 +343,8 @@ def test_spoiled_weights_are_not_saved(imagenet, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", ["--lr 0.5", "--momentum 0.1", "--wd 0.5", "--batch-size 6", "--seed 2",
-                                   "--start-epoch 1", "--epochs 4", "--precision bf16", "--image-size 40"])
+                                   "--start-epoch 1", "--epochs 4", "--precision bf16", "--image-size 40",
+                                   "--features cached", "--train-percent 50", "--finetune"])
 def test_every_flag_of_lincls_has_an_effect(flags, imagenet, tmp_path):
     """Another value of any flag of the protocol must lead to another classifier."""
     common = ["--data", imagenet, *TINY, "--workers", 0, "--epochs", 3, "--seed", 1]
@@ -460,6 +462,15 @@ BAD = [
     ("lincls.py", ["--pretrained", "TEXT"], "TEXT: not a checkpoint"),
     ("lincls.py", ["-e"], "--evaluate: needs"),
     ("lincls.py", ["-e", "--resume", "auto"], "--evaluate: "),
+    ("lincls.py", ["--finetune", "--features", "cached"], "--finetune: changes the encoder"),
+    ("lincls.py", ["--finetune", "--lr", "0.1", "0.2"], "--finetune: trains one network, give one --lr"),
+    ("lincls.py", ["--finetune", "--batch-size", "25"], "--batch-size 25 is more than the 24 training images"),
+    ("lincls.py", ["--knn", "--finetune"], "--knn: trains nothing"),
+    ("lincls.py", ["--knn", "--resume", "OTHER"], "--knn: has nothing to resume"),
+    ("lincls.py", ["--lr", "0.1", "0.10"], "--lr, --wd: a value is given twice"),
+    ("lincls.py", ["--encoder-lr", "0.1"], "--encoder-lr: belongs to --finetune"),
+    ("lincls.py", ["--cached-epochs", "1"], "--cached-epochs: belongs to --features cached"),
+    ("lincls.py", ["--train-percent", "0"], "--train-percent: must be a number in (0, 100]"),
     ("lincls.py", ["--start-epoch", "90"], "--start-epoch 90: must be below --epochs 1"),
     ("train.py", ["--start-epoch", "900"], "--start-epoch 900: must be below --epochs 1"),
     ("train.py", ["--world-size", "0"], "--world-size 0: must be at least 1"),
@@ -587,6 +598,17 @@ def test_unreadable_image_ends_every_rank(imagenet, tmp_path):
                ok=False, launcher=torchrun)
     assert done.returncode != 0
     assert f"train.py: error: {tmp_path}/3.jpg: not a readable image" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "lincls.py"])
+def test_unreadable_image_ends_a_process_with_workers(script, imagenet, tmp_path):
+    """The line, and an end although the workers leave signals to their rank."""
+    shutil.copytree(imagenet, tmp_path / "data")
+    (tmp_path / "data" / "train" / "n01440764" / "n01440764_3.JPEG").write_bytes(b"broken")
+    done = run(script, "--data", tmp_path / "data", *TINY, "--workers", 2, "--save_dir", tmp_path / "saved", ok=False)
+    assert done.returncode == 2
+    assert f"{script}: error: {tmp_path}/data/train/n01440764/n01440764_3.JPEG: not a readable" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_imagenet100_is_linked(tmp_path):

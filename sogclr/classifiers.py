@@ -1,0 +1,84 @@
+"""Linear classifiers on the features of an encoder, several at a time."""
+
+import copy
+
+import torch
+import torch.nn as nn
+
+from sogclr import InputError
+
+
+class Classifiers(nn.ModuleList):
+    """R linear classifiers of the same features. They start alike and differ in how they are trained.
+
+    num_features: C; num_classes: K; grid: [(learning rate, weight decay)] of each.
+    `names`: of each; `scores`: for each a dict with `lr`, `weight_decay`, `acc1` and `acc5` of the last validation in
+    percent (nan before it), `best_acc1` and its `best_epoch`.
+
+    Each has a matrix product and a loss of its own rather than a share of one large product, whose blocks would depend
+    on R: so a classifier is, bit by bit, what it would be alone.
+    """
+
+    def __init__(self, num_features, num_classes, grid):
+        first = nn.Linear(num_features, num_classes)
+        nn.init.normal_(first.weight, std=0.01)
+        nn.init.zeros_(first.bias)
+        super().__init__(copy.deepcopy(first) for _ in grid)
+        self.names = [f"lr_{lr:g}_wd_{decay:g}" for lr, decay in grid]
+        self.scores = [{"lr": lr, "weight_decay": decay, "acc1": float("nan"), "acc5": float("nan"),
+                        "best_acc1": 0.0, "best_epoch": -1} for lr, decay in grid]
+
+    def forward(self, features):
+        """[b, C] -> R times scores [b, K]"""
+        return [classifier(features) for classifier in self]
+
+    @property
+    def chosen(self):
+        """Which classifier has the best Acc@1 of all epochs so far. It is chosen on the validation set."""
+        return max(range(len(self)), key=lambda r: (self.scores[r]["best_acc1"], self.scores[r]["best_epoch"]))
+
+    @property
+    def best(self):
+        """The chosen one's scores."""
+        return self.scores[self.chosen]
+
+    def record(self, epoch, accuracies):
+        """Note the validation after an epoch: accuracies: [(Acc@1, Acc@5)] of each, in percent."""
+        for score, (acc1, acc5) in zip(self.scores, accuracies, strict=True):
+            best_acc1, best_epoch = max((score["best_acc1"], score["best_epoch"]), (acc1, epoch))
+            score.update(acc1=acc1, acc5=acc5, best_acc1=best_acc1, best_epoch=best_epoch)
+
+    def saved(self):
+        """What a checkpoint holds of them beside the chosen one's tensors in its `state_dict`: that one's accuracies
+        and, where there are several, the tensors and accuracies of all.
+        """
+        whole = {key: self.best[key] for key in ("acc1", "acc5", "best_acc1", "best_epoch")}
+        if len(self) > 1:
+            whole["classifiers"] = [score | classifier.state_dict()
+                                    for score, classifier in zip(self.scores, self, strict=True)]
+        return whole
+
+    def restore(self, saved, head, source):
+        """Take them out of a checkpoint.
+
+        saved: the checkpoint; head: `weight` and `bias` in its `state_dict`, for a file of a single classifier; source:
+        flag and file, for the message. Raises InputError where the file has other classifiers than these.
+        """
+        rows = saved.get("classifiers", [{key: value for key, value in saved.items() if key in self.scores[0]} | head])
+        if len(rows) != len(self):
+            raise InputError(f"{source}: has {len(rows)} classifiers, but --lr and --wd ask for {len(self)}")
+        for classifier, score, row in zip(self, self.scores, rows, strict=True):
+            weight = row.get("weight", torch.empty(0, 0))
+            if weight.shape != classifier.weight.shape:
+                raise InputError(f"{source}: has {weight.shape[0]} classes and {weight.shape[1]} features, but this "
+                                 f"data set and encoder have {classifier.out_features} and {classifier.in_features}")
+            classifier.load_state_dict({"weight": weight, "bias": row["bias"]})
+            score.update((key, row[key]) for key in score.keys() & row.keys())
+
+    def table(self):
+        """A head, a row for each, and which one is marked: lines for people."""
+        lines = ["          lr          wd    Acc@1    Acc@5  best Acc@1  in epoch"]
+        for r, score in enumerate(self.scores):
+            lines.append("{} {lr:10g}  {weight_decay:10g}  {acc1:7.3f}  {acc5:7.3f}  {best_acc1:10.3f}  {best_epoch:8d}"
+                         .format("*" if r == self.chosen else " ", **score))
+        return "\n".join([*lines, f"=> * is the best of {len(self)}, chosen by its best Acc@1 on the validation set"])

@@ -1,0 +1,96 @@
+"""What a run leaves for machines and for TensorBoard: results.json, the table of settings, the embedding."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.utils.tensorboard import SummaryWriter
+
+from sogclr.distributed import gather, log, rank, world_size
+
+THUMBNAIL = 32      # pixels a side; TensorBoard wants 1000 of them in one image of at most 8192
+
+
+def surroundings(device):
+    """What decides numbers beside the settings: versions, the code's commit, the device."""
+    commit, clean = git_state(Path(__file__).resolve().parents[1])
+    kind = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return {"versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__, "numpy": np.__version__},
+            "commit": commit, "clean": clean, "device": kind, "ranks": world_size()}
+
+
+def git_state(folder):
+    """The commit that is checked out in a folder, and whether its files are as committed; (None, None) where the folder
+    is no git checkout of its own.
+    """
+    def git(*command):
+        return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True).stdout
+
+    try:
+        top, commit = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
+        if Path(top).resolve() != folder:       # a copy inside somebody's repository
+            return None, None
+        return commit, not git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def write_results(path, results):
+    """Write a dict as JSON, whole or not at all; nan and infinity become null. A file that is there already is replaced
+    and that is said. A failure is reported and nothing else: the numbers have been printed.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
+        there = path.exists()
+        os.replace(part, path)
+        log(f"=> {path}" + ": replaces that of an earlier run" * there)
+    except OSError as error:
+        print(f"=> NOT written: {path}: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def add_hparams(events, settings, score):
+    """A row of TensorBoard's table of settings, for the run that `events` writes to.
+
+    settings: {name: value}; score: of one classifier, as in `Classifiers.scores`.
+    """
+    settings = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
+    metrics = {f"hparam/{name}": score[name] for name in ("acc1", "acc5", "best_acc1")}
+    events.add_hparams(settings | {name: score[name] for name in ("lr", "weight_decay")}, metrics, run_name=".")
+
+
+@torch.no_grad()
+def add_embedding(folder, encode, loader, classes, step):
+    """Features for TensorBoard's projector, each with its class and a thumbnail. To be called on all ranks.
+
+    folder: of the run; encode: uint8 [b, 3, H, W] -> [b, C]; loader: a `Loader` of the labelled images to show;
+    classes: their names; step: of the run; nothing is done where its folder has an embedding of this step already.
+    """
+    parts = [(encode(images), labels.to(loader.device), _thumbnails(images)) for images, labels in loader.epoch(0)]
+    features, labels, thumbnails = (gather(torch.cat(part)).cpu() for part in zip(*parts, strict=True))
+    if rank() == 0 and not (folder / f"{step:05d}").exists():
+        names = [os.fsencode(classes[label]).decode("utf-8", "backslashreplace") for label in labels]
+        with SummaryWriter(folder) as events:
+            events.add_embedding(features, metadata=names, label_img=thumbnails, global_step=step)
+
+
+def _thumbnails(images):
+    """uint8 [b, 3, H, W] -> [b, 3, THUMBNAIL, THUMBNAIL] in [0, 1]"""
+    return F.interpolate(images.float() / 255, size=(THUMBNAIL, THUMBNAIL), mode="area")

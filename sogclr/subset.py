@@ -1,0 +1,54 @@
+"""A few labels: a class-balanced part of a data set."""
+
+import os
+
+import numpy as np
+
+from sogclr import InputError
+
+_SUBSET = 2     # what the random numbers are for, beside the loader's purposes 0 and 1
+
+
+def balanced_indices(targets, percent, seed):
+    """Which images to take: [n] int64, ascending, n = percent of N rounded, but at least one of each class.
+
+    targets: N labels; percent: in (0, 100]; seed: decides, together with the labels, which.
+
+    Each class gives the same number or one more, and a class that has fewer gives all. The images are drawn in rounds,
+    one of each class a round, so that a smaller percentage is a part of a larger one of the same seed.
+    """
+    targets = np.asarray(targets)
+    rng = np.random.default_rng((seed, _SUBSET))
+    shuffled = rng.permutation(len(targets))
+    by_class = shuffled[np.argsort(targets[shuffled], kind="stable")]           # each class in random order
+    classes, sizes = np.unique(targets, return_counts=True)
+    rounds = np.concatenate([np.arange(size) for size in sizes])                # [N] the place within its class
+    turns = np.repeat(rng.permutation(len(classes)), sizes)                     # [N] the class's turn in a round
+    n = max(round(len(targets) * percent / 100), len(classes))
+    return np.sort(by_class[np.lexsort((turns, rounds))[:n]])
+
+
+class Subset:
+    """`subset[i] -> (PIL image, label)` for some of a data set's images: images, as in torchvision; indices: which."""
+
+    def __init__(self, images, indices):
+        self.images, self.indices, self.classes = images, indices, images.classes
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.images[self.indices[i]]
+
+    def write_list(self, file):
+        """Write a line an image: its path from the data set's folder, or its number where it has no file of its own.
+
+        Raises InputError where the folder cannot be written.
+        """
+        lines = (str(i).encode() for i in self.indices)
+        if hasattr(self.images, "path"):
+            lines = (os.path.relpath(self.images.path(i), self.images.root) for i in self.indices)
+        try:
+            file.write_bytes(b"".join(line + b"\n" for line in lines))
+        except OSError as error:
+            raise InputError(f"--save_dir: {file} cannot be written: {error.strerror}") from error

@@ -1,0 +1,183 @@
+"""The protocols of lincls.py: several classifiers at once, cached features, kNN, few labels, fine-tuning."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_scripts import TINY, call, load, newest, no_gpu, run  # noqa: F401 (a fixture)
+
+import lincls
+from sogclr import InputError
+from sogclr.augment import Normalize
+from sogclr.builder import resnet
+from sogclr.features import require_memory
+from sogclr.loader import EpochSampler, Labelled, Loader, open_data_set
+
+HEAD = ("module.fc.weight", "module.fc.bias")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture
+def linear(imagenet, tmp_path):
+    """Run lincls.py in this process on a random encoder, in a folder of its own; returns the folder and the output."""
+    def go(*flags):
+        folder = tmp_path / "_".join(map(str, flags)).replace("/", "")
+        lines = call(lincls, "--data", imagenet, *TINY, "--workers", 0, "--epochs", 3, "--seed", 1, "--save_dir",
+                     folder, *flags)
+        return folder, lines
+    return go
+
+
+def results(folder, name="results.json"):
+    return json.loads(newest(folder, name).read_text())
+
+
+def test_several_classifiers_are_as_many_runs(linear):
+    """Each must have the very bits and accuracies of a run with its learning rate and weight decay alone; the chosen
+    one's are found under the names of a single one.
+    """
+    folder, lines = linear("--lr", 0.1, 0.5, "--wd", 0.1, 0)
+    several = load(folder)
+    assert [(row["lr"], row["weight_decay"]) for row in several["classifiers"]] == [(0.1, 0.1), (0.1, 0), (0.5, 0.1),
+                                                                                    (0.5, 0)]
+    for row in (several["classifiers"][1], several["classifiers"][2]):
+        alone = load(linear("--lr", row["lr"], "--wd", row["weight_decay"])[0])
+        assert all(torch.equal(row[name.split(".")[2]], alone["state_dict"][name]) for name in HEAD)
+        assert all(row[key] == alone[key] for key in ("acc1", "acc5", "best_acc1", "best_epoch"))
+    assert "classifiers" not in alone
+
+    chosen = several["classifiers"][results(folder)["chosen"]]
+    assert chosen["best_acc1"] == max(row["best_acc1"] for row in several["classifiers"]) == several["best_acc1"]
+    assert all(torch.equal(chosen[name.split(".")[2]], several["state_dict"][name]) for name in HEAD)
+    table = [line for line in lines if re.match(r"[* ] +0\.[15] ", line)]
+    assert len(table) == 4
+    assert [line.split()[:3] for line in table if line[0] == "*"] == [
+        ["*", f"{chosen['lr']:g}", f"{chosen['weight_decay']:g}"]]
+    # the file alone, without their --lr and --wd, is evaluated to the same
+    evaluated = linear("-e", "--resume", newest(folder))[1]
+    assert [line.split()[-4:-2] for line in evaluated if line in table] == [line.split()[-4:-2] for line in table]
+    assert results(folder, "results_checkpoint_last.json")["chosen"] == results(folder)["chosen"]
+
+
+def test_the_authors_read_the_checkpoint_of_one(linear):
+    """A single classifier's file must hold what theirs does, key for key."""
+    saved = load(linear()[0])
+    assert {"epoch", "arch", "state_dict", "best_acc1", "optimizer"} <= saved.keys()
+    assert [name.removeprefix("module.") for name in saved["state_dict"]] == list(
+        torchvision.models.resnet18(num_classes=3).state_dict())
+    assert len(saved["optimizer"]["param_groups"]) == 1
+
+
+def test_cached_features_are_those_of_the_epochs(linear):
+    """With as many cached epochs as epochs, the quick protocol is the classic one up to half precision; with fewer it
+    is another, and it says so.
+    """
+    classic, (folder, lines) = load(linear()[0]), linear("--features", "cached", "--cached-epochs", 3)
+    cached = load(folder)
+    assert all(torch.allclose(classic["state_dict"][name], cached["state_dict"][name], atol=2e-3) for name in HEAD)
+    centre = load(linear("--features", "cached")[0])
+    assert not torch.allclose(classic["state_dict"][HEAD[0]], centre["state_dict"][HEAD[0]], atol=2e-3)
+    assert sum("the quick protocol, not the classic one" in line for line in lines) == 1
+
+
+def test_memory_that_is_not_there_is_refused():
+    """Before anything is computed, with both numbers."""
+    with pytest.raises(InputError, match=r"--features cached: wants 1000000.0 GB .* free; take a smaller"):
+        require_memory(1e15, torch.device("cpu"))
+    require_memory(1e3, torch.device("cpu"))
+
+
+def test_two_ranks_train_on_the_same_cached_batches(linear, imagenet, tmp_path):
+    """Unequal shares, and a last batch of one image, must give the classifiers of one process, and its accuracies."""
+    flags = ["--features", "cached", "--cached-epochs", 1, "--lr", 0.1, 0.5, "--batch-size", 7, "--train-percent", 62.5]
+    one = linear(*flags)[0]
+    run("lincls.py", "--data", imagenet, *TINY, "--epochs", 3, "--seed", 1, "--save_dir", tmp_path / "two", *flags,
+        launcher=TORCHRUN)
+    assert len(newest(one, "train_subset.txt").read_text().split()) == 15
+    assert newest(one, "train_subset.txt").read_text() == newest(tmp_path / "two", "train_subset.txt").read_text()
+    for a, b in zip(load(one)["classifiers"], load(tmp_path / "two")["classifiers"], strict=True):
+        assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in ("weight", "bias"))
+        assert {key: a[key] for key in ("acc1", "acc5", "best_epoch")} == {
+            key: b[key] for key in ("acc1", "acc5", "best_epoch")}
+    assert results(tmp_path / "two")["ranks"] == 2
+
+
+def test_finetuning_is_sgd_on_all_layers(linear, imagenet):
+    """A step must be that of a plain loop over a torchvision model, with the encoder at its own learning rate."""
+    saved = load(linear("--finetune", "--epochs", 1, "--batch-size", 24, "--lr", 0.3, "--wd", 0.01)[0])["state_dict"]
+
+    data = open_data_set("imagenet1000", imagenet, "train", image_size=32)
+    loader = Loader(Labelled(data, seed=1, augment=True), EpochSampler(24, 24, 1, shuffle=True), 0, torch.device("cpu"))
+    images, labels = next(iter(loader.epoch(0)))
+    torch.manual_seed(1)
+    model = resnet("resnet18")
+    model.fc = torch.nn.Linear(512, 3)
+    torch.nn.init.normal_(model.fc.weight, std=0.01)
+    torch.nn.init.zeros_(model.fc.bias)
+    F.cross_entropy(model(Normalize(data.mean, data.std)(images)), labels).backward()
+    for name, parameter in model.named_parameters():
+        lr = (0.3 if name.startswith("fc.") else 0.03) * 24 / 256
+        parameter.data -= lr * (parameter.grad + 0.01 * parameter.data)
+    for name, value in model.state_dict().items():
+        assert torch.allclose(saved[f"module.{name}"], value, rtol=1e-4, atol=1e-6), name
+
+
+def test_finetuning_on_two_ranks_saves_what_it_validated(imagenet, tmp_path):
+    """Although BatchNorm's statistics are each rank's own here, the file must have the accuracy that was printed."""
+    command = ["--data", imagenet, *TINY, "--seed", 1, "--save_dir", tmp_path]
+    lines = run("lincls.py", *command, "--finetune", "--epochs", 2, launcher=TORCHRUN)
+    evaluated = call(lincls, *command, "-e", "--resume", newest(tmp_path))
+    assert evaluated[-1].split("Acc@1")[1] in next(line for line in lines if line.startswith(" * Epoch 1"))
+    assert not any("frozen encoder is unchanged" in line for line in lines)
+
+
+def test_knn_needs_no_training(linear):
+    """It prints and records two accuracies, leaves no checkpoint, and finds a training image that is its own query."""
+    folder, lines = linear("--knn", "--resume", "auto")
+    record = results(folder)
+    assert record["protocol"] == "kNN evaluation"
+    assert lines[-1] == "=> kNN: " + ", ".join(f"k = {k} Acc@1 {record['knn_acc1'][k]:.3f}" for k in ("20", "200"))
+    assert not list(folder.rglob("*.tar"))
+
+
+def test_record_and_tensorboard(linear):
+    """results.json has the printed accuracies, settings and versions; TensorBoard has a run of each classifier with its
+    curves and its row of settings, and validation features with thumbnails.
+    """
+    folder, lines = linear("--lr", 0.1, 0.5)
+    record, run_folder = results(folder), newest(folder).parent
+    best = record["classifiers"][record["chosen"]]
+    assert lines[-1] == (f"=> last epoch: Acc@1 {best['acc1']:.3f} Acc@5 {best['acc5']:.3f}; "
+                         f"best Acc@1 {best['best_acc1']:.3f} in epoch {best['best_epoch']}")
+    assert record["versions"]["torch"] == torch.__version__
+    assert (record["train_images"], record["val_images"], record["settings"]["lr"]) == (24, 9, [0.1, 0.5])
+    assert record["seconds"] > 0
+    for row in record["classifiers"]:
+        curves = EventAccumulator(str(run_folder / f"lr_{row['lr']:g}_wd_0")).Reload()
+        assert [event.step for event in curves.Scalars("val Acc@1")] == [0, 1, 2]
+        assert curves.Scalars("val Acc@1")[-1].value == pytest.approx(row["acc1"])
+        assert curves.Scalars("hparam/best_acc1")[0].value == pytest.approx(row["best_acc1"])
+        assert "_hparams_/session_start_info" in curves.summary_metadata
+    embedding = run_folder / "00003" / "default"
+    assert "00003/default/sprite.png" in (run_folder / "projector_config.pbtxt").read_text()
+    assert (embedding / "metadata.tsv").read_text().split() == [
+        name for name in ("n01440764", "n01443537", "n01484850") for _ in range(3)]
+    assert len((embedding / "tensors.tsv").read_text().splitlines()) == 9
+
+
+@pytest.mark.parametrize("flags", [["--lr", 0.5, 0.1], ["--finetune"], ["--features", "cached"],
+                                   ["--train-percent", 50]])
+def test_a_resumed_run_keeps_its_protocol(flags, imagenet, tmp_path, capsys):
+    """A checkpoint of another protocol must be refused with one line that names the flag."""
+    command = ["--data", imagenet, *TINY, "--workers", 0, "--epochs", 1, "--seed", 1]
+    call(lincls, *command, "--save_dir", tmp_path / "a")
+    with pytest.raises(SystemExit, match="2"):
+        call(lincls, *command, "--save_dir", tmp_path / "b", "--resume", newest(tmp_path / "a"), *flags)
+    error = capsys.readouterr().err
+    assert f"was made with {flags[0]}" in error
+    assert error.count("\n") == 1
