@@ -163,7 +163,7 @@ class Run:
 
         # The run's folder, and the checkpoint to continue from, whose seed goes on unless another is given.
         self.folder = run_folder(args)
-        pretrained, source, self.resume, self.saved = open_checkpoints(args, self.folder)
+        pretrained, self.made_with, source, self.resume, self.saved = open_checkpoints(args, self.folder)
         self.seed = set_seed(args, self.saved)
         if args.train_percent < 100:
             images = self.train_data.images
@@ -215,13 +215,13 @@ class Run:
                       self.device)
 
     def write_results(self, path, **measured):
-        """The run's record for machines."""
-        if rank() == 0:
-            report.write_results(path, {
-                "protocol": protocol(self.args), "pretrained": self.args.pretrained or None, **measured,
-                "classes": len(self.classes), "train_images": len(self.train_data.images),
-                "val_images": len(self.val_data.images), "seconds": round(time.perf_counter() - self.started, 1),
-                "settings": self.settings, **report.surroundings(self.device)})
+        """The run's record for machines; `encoder` holds the settings of its pretraining."""
+        log(f"=> {path}" + ": replaces that of an earlier run" * path.exists())
+        report.write_json(path, {
+            "protocol": protocol(self.args), "pretrained": self.args.pretrained or None, "encoder": self.made_with,
+            **measured, "classes": len(self.classes), "train_images": len(self.train_data.images),
+            "val_images": len(self.val_data.images), "seconds": round(time.perf_counter() - self.started, 1),
+            "settings": self.settings, **report.surroundings(self.device)})
 
 
 def evaluate_knn(run):
@@ -399,12 +399,14 @@ def embed(run):
 
 
 def open_checkpoints(args, folder):
-    """The encoder's tensors (None for a random one), the flag and file that they are from, the path of the checkpoint
-    to continue from or to evaluate, and what is in it ("" and {} where there is none).
+    """The encoder's tensors (None for a random one), the settings of its pretraining where train.py made it, the flag
+    and file that they are from, the path of the checkpoint to continue from or to evaluate, and what is in it ("" and
+    {} where there is none).
     """
-    source, pretrained = f"--pretrained {args.pretrained}", None
+    source, pretrained, made_with = f"--pretrained {args.pretrained}", None, None
     if args.pretrained:
-        pretrained = read_encoder(checkpoint.load(args.pretrained, "--pretrained"), source, args)
+        loaded = checkpoint.load(args.pretrained, "--pretrained")
+        pretrained, made_with = read_encoder(loaded, source, args), loaded.get("settings")
     if args.evaluate and args.resume != "auto":
         resume, saved = args.resume, checkpoint.load(args.resume, "--resume", CHECKPOINT_KEYS)
     else:
@@ -414,7 +416,7 @@ def open_checkpoints(args, folder):
     if saved:
         source = f"--resume {resume}"
         pretrained = same_encoder(read_encoder(saved, source, args), pretrained, saved, source, args)
-    return pretrained, source, resume, saved
+    return pretrained, made_with, source, resume, saved
 
 
 def read_encoder(saved, source, args):

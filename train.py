@@ -13,6 +13,8 @@ Two machines of 8 GPUs:
 
 import copy
 import resource
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
-from sogclr import InputError, Stopped, checkpoint, distributed
+from sogclr import InputError, Stopped, checkpoint, distributed, report
 from sogclr.augment import Augment, Normalize, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, resnet
 from sogclr.distributed import data_parallel, device_names, launch, log, rank, set_seed, stop_requested, world_size
@@ -94,7 +96,7 @@ def run_name(args):
 
 
 def main_worker(args, device):
-    ranks = world_size()
+    ranks, started = world_size(), time.perf_counter()
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         raise InputError(f"--start-epoch {args.start_epoch}: must be below --epochs {args.epochs}")
     if args.batch_size % ranks or args.batch_size < 2 * ranks:
@@ -152,9 +154,13 @@ def main_worker(args, device):
         start_epoch, start_step = args.start_epoch, 0
     steps = len(loader)
     print_freq, events = 1 if args.dry_run else args.print_freq, None
+    record = {"command": sys.argv, "settings": settings, **report.surroundings(device)}
+    if not args.dry_run:
+        report.write_json(folder / "settings.json", record)
     if rank() == 0 and not args.dry_run:
         events = SummaryWriter(folder, purge_step=start_epoch * steps + start_step or None)
     writer = checkpoint.Writer(folder, args.save_minutes)
+    accuracies = {}     # of the last kNN report
     watch = LossWatch(device, f"--lr {args.lr:g}: try a smaller one, a longer --warmup-epochs or --precision fp32")
 
     def state(epoch, step):
@@ -248,6 +254,9 @@ def main_worker(args, device):
                 for name, value in accuracies.items():
                     events.add_scalar(name, value, epoch * steps + step)
     writer.close()
+    report.write_json(folder / "results.json", {
+        "loss": losses.average, "gcl": gcl.average if gcl.count else None, **accuracies, "first_epoch": start_epoch,
+        "seconds": round(time.perf_counter() - started, 1), **record})
     if events:
         events.close()
     log(f"=> done: {folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")

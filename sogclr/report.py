@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils.tensorboard import SummaryWriter
 
-from sogclr.distributed import gather, log, rank, world_size
+from sogclr.distributed import gather, rank, world_size
 
 THUMBNAIL = 32      # pixels a side; TensorBoard wants 1000 of them in one image of at most 8192
 
@@ -44,18 +44,17 @@ def git_state(folder):
         return None, None
 
 
-def write_results(path, results):
-    """Write a dict as JSON, whole or not at all; nan and infinity become null. A file that is there already is replaced
-    and that is said. A failure is reported and nothing else: the numbers have been printed.
+def write_json(path, content):
+    """Write a dict as JSON, on rank 0, whole or not at all; nan and infinity become null. A failure is only reported: a
+    run does not end for it.
     """
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
-        there = path.exists()
-        os.replace(part, path)
-        log(f"=> {path}" + ": replaces that of an earlier run" * there)
-    except OSError as error:
-        print(f"=> NOT written: {path}: {error.strerror}", file=sys.stderr, flush=True)
+    if rank() == 0:
+        part = path.with_name(path.name + ".part")
+        try:
+            part.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+            os.replace(part, path)
+        except OSError as error:
+            print(f"=> NOT written: {path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def _finite(value):

@@ -6,6 +6,7 @@
 import contextlib
 import functools
 import io
+import json
 import os
 import re
 import shlex
@@ -127,6 +128,10 @@ def test_pretraining_writes_what_others_read(pretrained):
     assert set(saved["optimizer"]["state"][0]) == {"mu"}
     assert len(saved["optimizer"]["param_groups"]) == 1
     assert "--gamma 0.9" in (run_folder / "command.txt").read_text()
+    results, at_start = (json.loads((run_folder / name).read_text()) for name in ("results.json", "settings.json"))
+    assert results["settings"] == at_start["settings"] == saved["settings"]
+    assert results["versions"]["torch"] == torch.__version__
+    assert f"{results['loss']:.4f}" in lines[-2]
     scalars = EventAccumulator(str(run_folder)).Reload()
     assert {"loss", "gcl", "learning rate"} <= set(scalars.Tags()["scalars"])
     assert f"{scalars.Scalars('loss')[-1].value:.4f}" == losses(lines)[-1]
