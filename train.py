@@ -153,15 +153,6 @@ def main_worker(args, device):
     if args.start_epoch is not None:
         start_epoch, start_step = args.start_epoch, 0
     steps = len(loader)
-    print_freq, events = 1 if args.dry_run else args.print_freq, None
-    record = {"command": sys.argv, "settings": settings, **report.surroundings(device)}
-    if not args.dry_run:
-        report.write_json(folder / "settings.json", record)
-    if rank() == 0 and not args.dry_run:
-        events = SummaryWriter(folder, purge_step=start_epoch * steps + start_step or None)
-    writer = checkpoint.Writer(folder, args.save_minutes)
-    accuracies = {}     # of the last kNN report
-    watch = LossWatch(device, f"--lr {args.lr:g}: try a smaller one, a longer --warmup-epochs or --precision fp32")
 
     def state(epoch, step):
         """All that the rest of the run depends on, after `step` steps of `epoch`."""
@@ -184,6 +175,17 @@ def main_worker(args, device):
         return
     if args.warmup_epochs >= args.epochs:
         log(f"=> the warm-up ({args.warmup_epochs} epochs) is as long as the run: the peak is not reached")
+
+    # What stays of the run, beside its checkpoints, and what ends it.
+    record = {"command": sys.argv, "settings": settings, **report.surroundings(device)}
+    events = None
+    if not args.dry_run:
+        report.write_json(folder / "settings.json", record)
+        if rank() == 0:
+            events = SummaryWriter(folder, purge_step=start_epoch * steps + start_step or None)
+    writer = checkpoint.Writer(folder, args.save_minutes)
+    watch = LossWatch(device, f"--lr {args.lr:g}: try a smaller one, a longer --warmup-epochs or --precision fp32")
+    print_freq, knn_acc1 = 1 if args.dry_run else args.print_freq, {}
 
     net = data_parallel(model, device)
     for epoch in range(start_epoch, args.epochs):
@@ -248,14 +250,14 @@ def main_worker(args, device):
         kept = checkpoint_is_kept(args, epoch)
         writer.save(state(epoch + 1, 0), *[f"checkpoint_{epoch:04d}.pth.tar"] * kept)
         if knn and ((epoch + 1) % args.knn_freq == 0 or epoch == args.epochs - 1):
-            accuracies = {f"kNN-{k}": value for k, value in knn(model.base_encoder).items()}
-            log(f" * Epoch {epoch} " + " ".join(f"{name} {value:.1f}" for name, value in accuracies.items()))
+            knn_acc1 = {f"kNN-{k}": acc1 for k, acc1 in knn(model.base_encoder).items()}
+            log(f" * Epoch {epoch} " + " ".join(f"{name} {acc1:.1f}" for name, acc1 in knn_acc1.items()))
             if events:
-                for name, value in accuracies.items():
-                    events.add_scalar(name, value, epoch * steps + step)
+                for name, acc1 in knn_acc1.items():
+                    events.add_scalar(name, acc1, epoch * steps + step)
     writer.close()
     report.write_json(folder / "results.json", {
-        "loss": losses.average, "gcl": gcl.average if gcl.count else None, **accuracies, "first_epoch": start_epoch,
+        "loss": losses.average, "gcl": gcl.average if gcl.count else None, **knn_acc1, "first_epoch": start_epoch,
         "seconds": round(time.perf_counter() - started, 1), **record})
     if events:
         events.close()

@@ -616,6 +616,17 @@ def test_unreadable_image_ends_a_process_with_workers(script, imagenet, tmp_path
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "scripts").glob("pretrain_*.sh")))
+def test_recipes_take_overrides(recipe, imagenet, tmp_path):
+    """Each recipe must run as it is, with flags appended: here on few small images, as a dry run."""
+    env = os.environ | {"PYTHON": sys.executable, "DATA": str(imagenet), "SAVE_DIR": str(tmp_path),
+                        "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", ROOT / "scripts" / recipe, *TINY, "--data_name", "imagenet1000", "--dry-run"]
+    done = subprocess.run(list(map(str, command)), env=env, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "dry run: nothing was written" in done.stdout
+
+
 def test_imagenet100_is_linked(tmp_path):
     """The subset must hold the authors' 100 classes of both splits; an incomplete tree must be refused."""
     classes = (ROOT / "scripts" / "imagenet100_classes.txt").read_text().split()
