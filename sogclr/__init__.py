@@ -1,8 +1,8 @@
 """SogCLR: self-supervised pretraining with the global contrastive loss (Yuan et al., ICML 2022, arXiv 2202.12387).
 
 Start reading at `train.py`. Rooms: `builder` (the model), `loss` (the method), `optimizer` (LARS), `loader` and
-`shapes` (data), `augment` (colour, on the device), `features` and `knn` (of the frozen encoder), `distributed`,
-`checkpoint`, `meters` and `flags` (the run).
+`shapes` (data), `augment` (colour, on the device), `features`, `classifiers`, `knn` and `subset` (evaluation),
+`distributed`, `checkpoint`, `meters`, `report` and `flags` (the run).
 """
 
 
