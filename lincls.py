@@ -13,16 +13,15 @@ Eight learning rates in one pass, the quick protocol, no training at all, and al
     python lincls.py --data DIR --pretrained ... --train-percent 10 --finetune
 """
 
+import contextlib
 import dataclasses
 import itertools
-import math
 import time
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.tensorboard import SummaryWriter
 
 from sogclr import InputError, Stopped, checkpoint, report
 from sogclr.augment import Normalize
@@ -275,11 +274,7 @@ def train(run):
             batches, val_batches = FreshFeatures(run.encode, batches), FreshFeatures(run.encode, val_batches)
     frozen = {} if args.finetune else {name: tensor.clone() for name, tensor in encoder.resnet.state_dict().items()}
 
-    # In TensorBoard, each of several classifiers is a run of its own in the folder.
     several = len(classifiers) > 1
-    events = [SummaryWriter(run.folder / (name if several else "."), purge_step=start_epoch or None)
-              for name in classifiers.names if rank() == 0]
-    writer = checkpoint.Writer(run.folder, args.save_minutes)
     results = run.folder / "results.json"
     recorded = start_epoch >= args.epochs and results.exists()
 
@@ -292,54 +287,61 @@ def train(run):
                 "seed": run.seed, "settings": run.settings}
 
     net = data_parallel(model, device)
-    for epoch in range(start_epoch, args.epochs):
-        net.train()
-        lrs = [lr_at(epoch, peak, args.epochs) for peak in peak_lrs]
-        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-            group["lr"] = lr
-        shown = classifiers.chosen      # of several, in the progress lines
-        meters = [(AverageMeter("Loss", ".4f"), AverageMeter("Acc@1", ".2f")) for _ in classifiers]
-        steps, first_step = len(order), start_step if epoch == start_epoch else 0
-        progress = Progress(epoch, steps, args.batch_size, (args.epochs - epoch) * steps - first_step)
-        for step, (inputs, target) in enumerate(batches.epoch(epoch, first_step), first_step):
-            progress.loaded()
-            target = target.to(device, non_blocking=True)
-            batch = min(args.batch_size, order.num_images - step * args.batch_size)     # over all ranks
+    with contextlib.ExitStack() as stack:
+        # In TensorBoard, each of several classifiers is a run of its own in the folder.
+        curves = [stack.enter_context(report.Events(run.folder / (name if several else "."), start_epoch or None))
+                  for name in classifiers.names]
+        writer = stack.enter_context(checkpoint.Writer(run.folder, args.save_minutes))
+        for epoch in range(start_epoch, args.epochs):
+            net.train()
+            lrs = [lr_at(epoch, peak, args.epochs) for peak in peak_lrs]
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr
+            shown = classifiers.chosen      # of several, in the progress lines
+            meters = [(AverageMeter("Loss", ".4f"), AverageMeter("Acc@1", ".2f")) for _ in classifiers]
+            steps, first_step = len(order), start_step if epoch == start_epoch else 0
+            progress = Progress(epoch, steps, args.batch_size, (args.epochs - epoch) * steps - first_step)
+            for step, (inputs, target) in enumerate(batches.epoch(epoch, first_step), first_step):
+                progress.loaded()
+                target = target.to(device, non_blocking=True)
+                batch = min(args.batch_size, order.num_images - step * args.batch_size)     # over all ranks
 
-            # The mean of the ranks' losses, and so of their gradients, is that of the global batch.
-            outputs = net(inputs)                                       # [b, K] of each classifier
-            losses = [F.cross_entropy(output, target, reduction="sum") * world_size() / batch for output in outputs]
-            optimizer.zero_grad()
-            scaler.scale(sum(losses)).backward()
-            scaler.step(optimizer)
-            scaler.update()
+                # The mean of the ranks' losses, and so of their gradients, is that of the global batch.
+                outputs = net(inputs)                                       # [b, K] of each classifier
+                losses = [F.cross_entropy(output, target, reduction="sum") * world_size() / batch for output in outputs]
+                optimizer.zero_grad()
+                scaler.scale(sum(losses)).backward()
+                scaler.step(optimizer)
+                scaler.update()
 
-            for (average, top1), output, loss in zip(meters, outputs, losses, strict=True):
-                average.update(loss.detach())
-                top1.update(100 * correct_in_top(output, target, (1,))[0] / max(len(target), 1), len(target))
-            progress.stepped()
-            if step % args.print_freq == 0:
-                log(progress.line(step, [*meters[shown], f"LR {lrs[shown]:.4g}"]), live=progress.live)
-            stop = stop_requested()         # the same on all ranks
-            if stop or writer.is_due():
-                writer.save(state(epoch, step + 1))
-            if stop:
-                writer.close()
-                raise Stopped(f"after epoch {epoch}, step {step}")
+                for (average, top1), output, loss in zip(meters, outputs, losses, strict=True):
+                    average.update(loss.detach())
+                    top1.update(100 * correct_in_top(output, target, (1,))[0] / max(len(target), 1), len(target))
+                progress.stepped()
+                if step % args.print_freq == 0:
+                    log(progress.line(step, [*meters[shown], f"LR {lrs[shown]:.4g}"]), live=progress.live)
+                stop = stop_requested()         # the same on all ranks
+                if step + 1 < steps and (stop or writer.is_due()):      # after the last step the epoch's own save comes
+                    check_finite(run, epoch)
+                    writer.save(state(epoch, step + 1))
+                    if stop:
+                        raise Stopped(f"after epoch {epoch}, step {step}")
 
-        if args.finetune and not math.isfinite(meters[0][0].average):
-            raise InputError(f"the loss is not finite in epoch {epoch}: take a smaller --lr ({args.lr:g}) or "
-                             f"--encoder-lr ({run.settings['encoder_lr']:g}); the checkpoints are from before")
-        classifiers.record(epoch, validate(model, val_batches, classifiers, device))
-        best = classifiers.best
-        log(" * Epoch {} Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} (best Acc@1 {best_acc1:.3f} in epoch {best_epoch})".format(
-            epoch, **best) + f" {classifiers.names[classifiers.chosen]}" * several)
-        for curve, score, (average, top1), lr in zip(events, classifiers.scores, meters, lrs, strict=False):
-            for name, value in {"val Acc@1": score["acc1"], "val Acc@5": score["acc5"], "train Acc@1": top1.average,
-                                "train loss": average.average, "learning rate": lr}.items():
-                curve.add_scalar(name, value, epoch)
-        writer.save(state(epoch + 1, 0), *[BEST] * (best["best_epoch"] == epoch))
-    writer.close()
+            check_finite(run, epoch)
+            classifiers.record(epoch, validate(model, val_batches, classifiers, device))
+            best = classifiers.best
+            log(" * Epoch {} Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} (best Acc@1 {best_acc1:.3f} in epoch {best_epoch})"
+                .format(epoch, **best) + f" {classifiers.names[classifiers.chosen]}" * several)
+            for curve, score, (average, top1), lr in zip(curves, classifiers.scores, meters, lrs, strict=False):
+                curve.scalars({"val Acc@1": score["acc1"], "val Acc@5": score["acc5"], "train Acc@1": top1.average,
+                               "train loss": average.average, "learning rate": lr}, epoch)
+                curve.flush()
+            writer.save(state(epoch + 1, 0), *[BEST] * (best["best_epoch"] == epoch))
+            if stop and epoch + 1 < args.epochs:
+                raise Stopped(f"after epoch {epoch}")
+        if not recorded:
+            for curve, score in zip(curves, classifiers.scores, strict=True):
+                curve.hparams(run.settings, score)
 
     now = encoder.resnet.state_dict()
     changed = [name for name in frozen if not torch.equal(now[name], frozen[name])]
@@ -351,14 +353,23 @@ def train(run):
         run.write_results(results, classifiers=classifiers.scores, chosen=classifiers.chosen,
                           chosen_by="best Acc@1 on the validation set", first_epoch=start_epoch)
         embed(run)
-        for curve, score in zip(events, classifiers.scores, strict=False):
-            report.add_hparams(curve, run.settings, score)
-    for curve in events:
-        curve.close()
     if several:
         log(classifiers.table())
     log("=> last epoch: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}; best Acc@1 {best_acc1:.3f} in epoch {best_epoch}".format(
         **classifiers.best))
+
+
+def check_finite(run, epoch):
+    """Before a save: raise InputError where no classifier, or with --finetune the encoder, has finite weights left."""
+    finite = [all(bool(parameter.isfinite().all()) for parameter in classifier.parameters())
+              for classifier in run.classifiers]
+    if run.args.finetune:
+        finite.append(all(bool(parameter.isfinite().all()) for parameter in run.encoder.parameters()))
+    if not any(finite) or (run.args.finetune and not all(finite)):
+        rates = ", ".join(f"--{name.replace('_', '-')} {run.settings[name]}" for name in ("lr", "encoder_lr")
+                          if run.settings[name])
+        raise InputError(f"a weight is not finite in epoch {epoch}: take a smaller learning rate than {rates}; the "
+                         "checkpoints are from before")
 
 
 @torch.no_grad()

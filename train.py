@@ -19,13 +19,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
 from sogclr import InputError, Stopped, checkpoint, distributed, report
 from sogclr.augment import Augment, Normalize, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, resnet
-from sogclr.distributed import data_parallel, device_names, launch, log, rank, set_seed, stop_requested, world_size
+from sogclr.distributed import data_parallel, device_names, launch, log, set_seed, stop_requested, world_size
 from sogclr.features import Encoder, extract
 from sogclr.flags import Parser, add_shared_flags, non_defaults, number, resolve_precision
 from sogclr.knn import knn_accuracy
@@ -38,9 +37,10 @@ DRY_STEPS = 12      # of --dry-run
 METHODS = {"dcl": "sogclr", "cl": "simclr"}
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")
 # What a resumed run must share with its checkpoint: all that decides the numbers.
-METHOD_FLAGS = ("arch", "stem", "dim", "mlp_dim", "num_proj_layers", "loss_type", "t", "gamma", "gamma_schedule",
-                "gamma_decay_epochs", "image_size", "crop_min", "augment", "optimizer", "batch_size", "epochs", "lr",
-                "learning_rate_scaling", "momentum", "weight_decay", "warmup_epochs", "precision", "seed")
+METHOD_FLAGS = ("data_name", "arch", "stem", "dim", "mlp_dim", "num_proj_layers", "loss_type", "t", "gamma",
+                "gamma_schedule", "gamma_decay_epochs", "image_size", "crop_min", "augment", "optimizer", "batch_size",
+                "epochs", "lr", "learning_rate_scaling", "momentum", "weight_decay", "warmup_epochs", "precision",
+                "seed")
 
 
 def build_parser():
@@ -178,89 +178,77 @@ def main_worker(args, device):
 
     # What stays of the run, beside its checkpoints, and what ends it.
     record = {"command": sys.argv, "settings": settings, **report.surroundings(device)}
-    events = None
     if not args.dry_run:
         report.write_json(folder / "settings.json", record)
-        if rank() == 0:
-            events = SummaryWriter(folder, purge_step=start_epoch * steps + start_step or None)
-    writer = checkpoint.Writer(folder, args.save_minutes)
     watch = LossWatch(device, f"--lr {args.lr:g}: try a smaller one, a longer --warmup-epochs or --precision fp32")
     print_freq, knn_acc1 = 1 if args.dry_run else args.print_freq, {}
 
     net = data_parallel(model, device)
-    for epoch in range(start_epoch, args.epochs):
-        net.train()
-        if args.gamma_schedule == "cosine":
-            criterion.gamma = gamma_at(epoch, args.gamma, settings["gamma_decay_epochs"])
-        losses, gcl = AverageMeter("Loss", ".4f"), AverageMeter("GCL", ".4f")
-        first_step = start_step if epoch == start_epoch else 0
-        progress = Progress(epoch, steps, args.batch_size, (args.epochs - epoch) * steps - first_step)
-        for step, (view1, view2, index) in enumerate(loader.epoch(epoch, first_step), first_step):
-            progress.loaded()
-            if events and (epoch, step) == (start_epoch, start_step):
-                pairs = torch.stack([view1[:32], view2[:32]], 1).flatten(0, 1)      # the views of an image side by side
-                events.add_image("views", make_grid(augment.normalize.undo(pairs)), epoch * steps + step)
-            lr = lr_at(epoch + step / steps, peak_lr, args.epochs, args.warmup_epochs)
-            set_lr(optimizer, lr)
+    with (report.Events(None if args.dry_run else folder, start_epoch * steps + start_step or None) as events,
+          checkpoint.Writer(folder, args.save_minutes) as writer):
+        for epoch in range(start_epoch, args.epochs):
+            net.train()
+            if args.gamma_schedule == "cosine":
+                criterion.gamma = gamma_at(epoch, args.gamma, settings["gamma_decay_epochs"])
+            losses, gcl = AverageMeter("Loss", ".4f"), AverageMeter("GCL", ".4f")
+            first_step = start_step if epoch == start_epoch else 0
+            progress = Progress(epoch, steps, args.batch_size, (args.epochs - epoch) * steps - first_step)
+            for step, (view1, view2, index) in enumerate(loader.epoch(epoch, first_step), first_step):
+                progress.loaded()
+                lr = lr_at(epoch + step / steps, peak_lr, args.epochs, args.warmup_epochs)
+                set_lr(optimizer, lr)
 
-            with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
-                z1, z2 = net(view1, view2)                              # [b, D] each
-            loss = criterion(z1, z2, index)
-            watch.add(loss, criterion.keys, ranks, f"epoch {epoch}, step {step}")
+                with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
+                    z1, z2 = net(view1, view2)                          # [b, D] each
+                loss = criterion(z1, z2, index)
+                watch.add(loss, criterion.keys, ranks, f"epoch {epoch}, step {step}")
 
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
 
-            losses.update(loss.detach())
-            progress.stepped()
-            if step % print_freq == 0:
-                diagnostics = criterion.diagnostics()
-                gcl.update(diagnostics["gcl"])
-                log(progress.line(step, [losses, gcl, f"LR {lr:.4g}"]), live=progress.live)
-                if events:
-                    scalars = {"loss": losses.value, **diagnostics, "learning rate": lr,
-                               "images per second": progress.images_per_second}
-                    if args.loss_type == "dcl":
-                        scalars["gamma"] = criterion.gamma
-                    if device.type == "cuda":
-                        scalars["GPU memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
-                    for name, value in scalars.items():
-                        events.add_scalar(name, float(value), epoch * steps + step)
+                losses.update(loss.detach())
+                progress.stepped()
+                if step % print_freq == 0:
+                    diagnostics = criterion.diagnostics()
+                    gcl.update(diagnostics["gcl"])
+                    log(progress.line(step, [losses, gcl, f"LR {lr:.4g}"]), live=progress.live)
+                    events.scalars({"loss": losses.value, **diagnostics, "learning rate": lr,
+                                    "images per second": progress.images_per_second,
+                                    **({"gamma": criterion.gamma} if args.loss_type == "dcl" else {}),
+                                    **({"GPU memory, GiB": torch.cuda.max_memory_allocated() / 2**30}
+                                       if device.type == "cuda" else {})}, epoch * steps + step)
+                if events and (epoch, step) == (start_epoch, start_step):
+                    pairs = torch.stack([view1[:32], view2[:32]], 1).flatten(0, 1)      # an image's views side by side
+                    events.image("views", make_grid(augment.normalize.undo(pairs)), epoch * steps + step)
 
-            if args.dry_run:
-                if step + 1 == min(steps, DRY_STEPS):
+                stop = stop_requested()         # the same on all ranks
+                if args.dry_run and (stop or step + 1 == min(steps, DRY_STEPS)):
                     log(estimate(args, progress, steps, state(epoch, step), device))
                     return
-                continue
+                if step + 1 < steps and (stop or writer.is_due()):      # after the last step the epoch's own save comes
+                    watch.check_weights(model, f"epoch {epoch}, step {step}")
+                    writer.save(state(epoch, step + 1))
+                    if stop:
+                        raise Stopped(f"after epoch {epoch}, step {step}")
 
-            stop = stop_requested()         # the same on all ranks
-            if stop or writer.is_due():
-                watch.check_weights(model, f"epoch {epoch}, step {step}")
-                writer.save(state(epoch, step + 1))
-            if stop:
-                writer.close()
-                raise Stopped(f"after epoch {epoch}, step {step}")
-
-        watch.check_weights(model, f"epoch {epoch}")
-        log(progress.summary([losses, gcl]))
-        if events and args.loss_type == "dcl":
-            events.add_histogram("log u", criterion.log_u[criterion.log_u.isfinite()], (epoch + 1) * steps)
-        kept = checkpoint_is_kept(args, epoch)
-        writer.save(state(epoch + 1, 0), *[f"checkpoint_{epoch:04d}.pth.tar"] * kept)
-        if knn and ((epoch + 1) % args.knn_freq == 0 or epoch == args.epochs - 1):
-            knn_acc1 = {f"kNN-{k}": acc1 for k, acc1 in knn(model.base_encoder).items()}
-            log(f" * Epoch {epoch} " + " ".join(f"{name} {acc1:.1f}" for name, acc1 in knn_acc1.items()))
-            if events:
-                for name, acc1 in knn_acc1.items():
-                    events.add_scalar(name, acc1, epoch * steps + step)
-    writer.close()
+            watch.check_weights(model, f"epoch {epoch}")
+            kept = checkpoint_is_kept(args, epoch)
+            writer.save(state(epoch + 1, 0), *[f"checkpoint_{epoch:04d}.pth.tar"] * kept)
+            events.flush()
+            log(progress.summary([losses, gcl]))
+            if stop and epoch + 1 < args.epochs:
+                raise Stopped(f"after epoch {epoch}")
+            if args.loss_type == "dcl":
+                events.histogram("log u", criterion.log_u[criterion.log_u.isfinite()], (epoch + 1) * steps)
+            if knn and ((epoch + 1) % args.knn_freq == 0 or epoch == args.epochs - 1):
+                knn_acc1 = {f"kNN-{k}": acc1 for k, acc1 in knn(model.base_encoder).items()}
+                log(f" * Epoch {epoch} " + " ".join(f"{name} {acc1:.1f}" for name, acc1 in knn_acc1.items()))
+                events.scalars(knn_acc1, (epoch + 1) * steps)
     report.write_json(folder / "results.json", {
         "loss": losses.average, "gcl": gcl.average if gcl.count else None, **knn_acc1, "first_epoch": start_epoch,
         "seconds": round(time.perf_counter() - started, 1), **record})
-    if events:
-        events.close()
     log(f"=> done: {folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sogclr import InputError
+from sogclr import InputError, Stopped
 from sogclr.distributed import barrier, log, rank, require_same
 
 LAST, PREVIOUS = "checkpoint_last.pth.tar", "checkpoint_previous.pth.tar"
@@ -36,7 +36,7 @@ def open_run(folder, resume, keys):
     written, where another run is writing there, where it holds a run that would be overwritten, and where this machine
     sees other checkpoints than rank 0's.
     """
-    kept = [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
+    kept = [path for path in (folder / LAST, folder / PREVIOUS) if os.path.exists(path)]
     kept += sorted(folder.glob("checkpoint_[0-9]*.pth.tar"), reverse=True)
     if kept and not resume:
         raise InputError(f"{folder}: already holds a run with these settings, "
@@ -101,6 +101,7 @@ class Writer:
 
     folder: of the run; minutes: between two saves inside an epoch, 0 for none.
     A save that fails (a full disk, say) is reported and leaves the earlier files as they were; training goes on.
+    A context, at whose end it is closed.
     """
 
     def __init__(self, folder, minutes=0.0):
@@ -134,6 +135,15 @@ class Writer:
         if self.error:
             raise InputError(f"--save_dir {self.folder.parent}: the last save failed: {self.error}")
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind in (None, Stopped):
+            self.close()
+        else:       # which has something else to say
+            self.wait()
+
     def _write(self, state, names):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)      # somebody may have cleaned up
@@ -153,6 +163,7 @@ def save(state, folder, names=()):
     former one whole. That becomes `checkpoint_previous.pth.tar`.
     """
     part, last = folder / (LAST + ".part"), folder / LAST
+    part.unlink(missing_ok=True)        # of a save that was cut off, it may be one file with a checkpoint that is kept
     try:
         with open(part, "wb") as file:
             torch.save(state, file)
@@ -173,9 +184,12 @@ def save(state, folder, names=()):
     if last.exists():
         os.replace(last, folder / PREVIOUS)
     os.replace(part, last)
-    entries = os.open(folder, os.O_RDONLY)
-    os.fsync(entries)
-    os.close(entries)
+    with contextlib.suppress(OSError):      # some file systems cannot flush a folder
+        entries = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(entries)
+        finally:
+            os.close(entries)
 
 
 def _host_copy(state):

@@ -115,10 +115,10 @@ def launch(main_worker, args):
             _start(main_worker, args)
     except InputError as error:
         _exit_with(error)
-    except KeyboardInterrupt:
-        print("=> interrupted; --resume auto with the same command continues after the last save", file=sys.stderr)
+    except KeyboardInterrupt:       # before the run has begun
         sys.exit(130)
     except mp.ProcessExitedException as error:
+        _ignore_signals()       # srun, for one, ends the machines that are left when the first has stopped
         if error.exit_code not in (2, STOPPED):     # else that process has said why
             print(f"{os.path.basename(sys.argv[0])}: {error}; the run's other processes on this machine were stopped",
                   file=sys.stderr, flush=True)
@@ -169,7 +169,10 @@ def _require_free_port(url):
     """Raise InputError where rank 0 could not listen at `tcp://HOST:PORT`."""
     if not url.startswith("tcp://"):
         return
-    port = urllib.parse.urlsplit(url).port
+    try:
+        port = urllib.parse.urlsplit(url).port
+    except ValueError as error:
+        raise InputError(f"--dist-url {url}: must be tcp://HOST:PORT with a number below 65536") from error
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # a port that was closed just now is free
         try:
@@ -245,46 +248,52 @@ def _start(main_worker, args, rank=0, world=1, url=None):
         global _hosts
         _hosts = dist.new_group(backend="gloo", timeout=patience)
         args.fresh_seed = broadcast_int(args.fresh_seed)
-    stopped = None
+    stopped = False
     try:
-        with _signals:
-            main_worker(args, device)
-    except Stopped as where:
-        stopped = where
+        try:
+            with _signals:
+                main_worker(args, device)
+        except Stopped as where:
+            stopped = True
+            log(f"=> stopped {where}; --resume auto with the same command goes on")
+        if dist.is_initialized():       # not after an error: other ranks may be waiting in a collective
+            barrier()                   # nor before rank 0 has saved
+            dist.destroy_process_group()
     except RuntimeError as error:
         if "gloo" in str(error) or "NCCL" in str(error):        # a collective failed, so some rank is gone
             _name_the_lost()
         raise
     if stopped:
-        log(f"=> stopped {stopped}; --resume auto with the same command goes on")
-    if dist.is_initialized():       # not after an error: other ranks may be waiting in a collective
-        barrier()                   # nor before rank 0 has saved
-        dist.destroy_process_group()
-    if stopped:
-        for number in _Signals.STOP:        # the launcher may send one more when the first rank is gone
-            signal.signal(number, signal.SIG_IGN)
         sys.exit(STOPPED)
 
 
 def _name_the_lost(patience=3):
-    """Where another rank has died: end this process with a line, said once for all ranks, that tells which it was.
+    """Where another rank has ended: end this process with a line, said once for all ranks, that tells which it was.
 
-    Those that are left report to the store, which lives on rank 0; patience: seconds to wait for their reports.
+    Those that are left report to the store, which lives on rank 0; patience: seconds to wait for their reports. Ranks
+    that have not noticed by then, since they have nothing to do with the lost one directly, are named beside it.
     """
-    me, ranks, lost, first = rank(), range(world_size()), [0], True
+    me, ranks, silent, first = rank(), world_size(), None, True
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"alive/{me}", "")
         time.sleep(patience)
-        lost = [other for other in ranks if not store.check([f"alive/{other}"])]
+        silent = [str(other) for other in range(ranks) if not store.check([f"alive/{other}"])]
         first = store.add("lost", 1) == 1 and not store.check(["failed"])       # else that rank has said why
-    except RuntimeError:        # the store has gone with rank 0
+    except RuntimeError:
         pass
-    if lost and first:
-        print(f"{os.path.basename(sys.argv[0])}: rank {', '.join(map(str, lost))} of {len(ranks)} was lost, so the run "
-              "stops; --resume auto with the same command continues after the last save", file=sys.stderr, flush=True)
-    if lost:
-        _exit_now(1)
+    if silent == []:        # nobody is gone: the error is another one
+        return
+    if silent is None:      # the store has gone with rank 0, which says why if it can
+        who = f"rank 0 of {ranks} has ended"
+    elif len(silent) == 1:
+        who = f"rank {silent[0]} of {ranks} was lost"
+    else:
+        who = f"one of the ranks {', '.join(silent)} of {ranks} was lost"
+    if first:
+        print(f"{os.path.basename(sys.argv[0])}: {who}, so the run stops; --resume auto with the same command "
+              "continues after the last save", file=sys.stderr, flush=True)
+    _exit_now(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,35 +301,59 @@ def _name_the_lost(patience=3):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class _Signals:
-    """SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C) ask the run to finish its step and save. The same again,
-    at least `again` seconds later, stops it at once: launchers send a signal to a whole group and to each process.
+    """SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C) ask the run to finish its step and save. Another one, at
+    least `again` seconds later, stops it at once: launchers send a signal to a whole group and to each process.
+
+    The first only sets a flag, in the main thread. A thread watches for the second, since the main one does not hear
+    it while it waits for other ranks.
     """
 
     STOP = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
     def __init__(self, again=2.0):
-        self.again, self.first = again, None
+        self.again, self.asked = again, False
         self.pending = self.flag = None
 
     def __enter__(self):
-        self.first = self.pending = None
-        self.before = {number: signal.signal(number, self.handle) for number in self.STOP}
+        self.asked, self.pending = False, None
+        receive, self.send = os.pipe()
+        os.set_blocking(self.send, False)
+        threading.Thread(target=self.watch, args=(receive,), daemon=True).start()
+        self.wakeup = signal.set_wakeup_fd(self.send, warn_on_full_buffer=False)
+        self.before = {number: signal.signal(number, self.ask) for number in self.STOP}
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind, *_):
+        if kind is Stopped:         # the launcher may send one more when the first rank is gone
+            _ignore_signals()
+        else:
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+        signal.set_wakeup_fd(self.wakeup)
+        os.close(self.send)
 
-    def handle(self, number, _):
-        if self.first is None:
-            self.first = time.monotonic()
-            if local_rank() == 0:
-                print(f"=> {signal.Signals(number).name}: stops after this step and saves; once more stops at once",
-                      file=sys.stderr, flush=True)
-        elif time.monotonic() > self.first + self.again:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+    def ask(self, number, _):
+        self.asked = True
+
+    def watch(self, receive):
+        """In its own thread: say that the first signal has come, and end the process at the second."""
+        first = None
+        while number := os.read(receive, 1):
+            if number[0] not in self.STOP:
+                continue
+            if first is None:
+                first = time.monotonic()
+                if local_rank() == 0:
+                    print(f"=> {signal.Signals(number[0]).name}: stops after this step and saves; once more stops at "
+                          "once", file=sys.stderr, flush=True)
+            elif time.monotonic() > first + self.again:
+                print("=> stopped at once", file=sys.stderr, flush=True)
+                os._exit(128 + number[0])
+        os.close(receive)
+
+
+def _ignore_signals():
+    for number in _Signals.STOP:
+        signal.signal(number, signal.SIG_IGN)
 
 
 _signals = _Signals()
@@ -332,7 +365,7 @@ def stop_requested():
     With several ranks it is that of the step before, so that no rank waits for the others' present one. Raises
     RuntimeError where another rank has died.
     """
-    asked = _signals.first is not None
+    asked = _signals.asked
     if world_size() == 1:
         return asked
     answer = False

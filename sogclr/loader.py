@@ -69,11 +69,11 @@ def open_data_set(name, folder, split, image_size=None, labels=True):
 
 
 def _image_folder(name, folder, split, labels):
-    if not folder.is_dir():
-        raise InputError(f"--data {folder}: no such folder, give the one that holds "
+    if not os.path.isdir(folder):       # False, too, where it lies in a folder that may not be searched
+        raise InputError(f"--data {folder}: no such folder that can be read, give the one that holds "
                          + ("train/<class>/ and val/<class>/" if labels else "your images"))
     root = folder / split
-    if not root.is_dir():
+    if not os.path.isdir(root):
         if name != "folder" or labels:
             raise InputError(f"--data {folder}: has no folder '{split}', it must hold {split}/<class>/<image files>"
                              + " (to pretrain on images without classes give --data_name folder)" * (name != "folder"))
@@ -414,19 +414,20 @@ def _fits_shared_memory(wanted):
 
 def _leave_signals_to_the_rank(worker):
     """What stops a run is often sent to all its processes. A worker goes on until its own rank ends it, which torch
-    does by SIGTERM where it must.
+    does by SIGTERM where it must, or is gone.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):      # not on macOS
+    if hasattr(signal, "sigtimedwait"):     # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_the_rank, daemon=True).start()
+        threading.Thread(target=_end_with_the_rank, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with_the_rank():
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def _end_with_the_rank(rank_process):
+    while True:
+        arrived = signal.sigtimedwait({signal.SIGTERM}, 5)
+        if os.getppid() != rank_process or (arrived and arrived.si_pid == rank_process):
+            os._exit(0)
 
 
 def workers_per_rank(workers):

@@ -1,5 +1,6 @@
 """What a run leaves for machines and for TensorBoard: results.json, the table of settings, the embedding."""
 
+import contextlib
 import json
 import math
 import os
@@ -17,6 +18,78 @@ from torch.utils.tensorboard import SummaryWriter
 from sogclr.distributed import gather, rank, world_size
 
 THUMBNAIL = 32      # pixels a side; TensorBoard wants 1000 of them in one image of at most 8192
+
+
+class Events:
+    """TensorBoard's log of a run, true on rank 0; on the others nothing happens. A context, at whose end it is closed.
+
+    folder: of the run, None for no log; purge_step: from which step on an earlier start's events are taken back, None
+    for none. Where it cannot be written (a full disk, a folder that has vanished), that is said once, and the run goes
+    on.
+    """
+
+    def __init__(self, folder, purge_step=None):
+        self.folder, self.writer = folder, None
+        if rank() == 0 and folder is not None:
+            with self.may_end():
+                self.writer = SummaryWriter(folder, purge_step=purge_step)
+
+    def __bool__(self):
+        return self.writer is not None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self:
+            with self.may_end():
+                self.writer.close()
+
+    def flush(self):
+        """Write what is still in memory, at most two minutes' events."""
+        if self:
+            with self.may_end():
+                self.writer.flush()
+
+    @contextlib.contextmanager
+    def may_end(self):
+        try:
+            yield
+        except OSError as error:    # perhaps of an earlier call: a thread writes the events
+            print(f"=> NOT written any more: the TensorBoard log in {self.folder}: {error.strerror}", file=sys.stderr,
+                  flush=True)
+            self.writer = None
+
+    def scalars(self, values, step):
+        """values: {name: number or 0-d tensor}"""
+        if self:
+            with self.may_end():
+                for name, value in values.items():
+                    self.writer.add_scalar(name, float(value), step)
+
+    def image(self, name, picture, step):
+        """picture: [3, H, W] in 0..1"""
+        if self:
+            with self.may_end():
+                self.writer.add_image(name, picture, step)
+
+    def histogram(self, name, values, step):
+        """values: of any shape"""
+        if self:
+            with self.may_end():
+                self.writer.add_histogram(name, values, step)
+
+    def hparams(self, settings, score):
+        """A row of TensorBoard's table of settings, for this run.
+
+        settings: {name: value}; score: of one classifier, as in `Classifiers.scores`.
+        """
+        settings = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
+        metrics = {f"hparam/{name}": score[name] for name in ("acc1", "acc5", "best_acc1")}
+        if self:
+            with self.may_end():
+                self.writer.add_hparams(settings | {name: score[name] for name in ("lr", "weight_decay")}, metrics,
+                                        run_name=".")
 
 
 def surroundings(device):
@@ -65,16 +138,6 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def add_hparams(events, settings, score):
-    """A row of TensorBoard's table of settings, for the run that `events` writes to.
-
-    settings: {name: value}; score: of one classifier, as in `Classifiers.scores`.
-    """
-    settings = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
-    metrics = {f"hparam/{name}": score[name] for name in ("acc1", "acc5", "best_acc1")}
-    events.add_hparams(settings | {name: score[name] for name in ("lr", "weight_decay")}, metrics, run_name=".")
-
-
 @torch.no_grad()
 def add_embedding(folder, encode, loader, classes, step):
     """Features for TensorBoard's projector, each with its class and a thumbnail. To be called on all ranks.
@@ -86,8 +149,8 @@ def add_embedding(folder, encode, loader, classes, step):
     features, labels, thumbnails = (gather(torch.cat(part)).cpu() for part in zip(*parts, strict=True))
     if rank() == 0 and not (folder / f"{step:05d}").exists():
         names = [os.fsencode(classes[label]).decode("utf-8", "backslashreplace") for label in labels]
-        with SummaryWriter(folder) as events:
-            events.add_embedding(features, metadata=names, label_img=thumbnails, global_step=step)
+        with Events(folder) as events, events.may_end():
+            events.writer.add_embedding(features, metadata=names, label_img=thumbnails, global_step=step)
 
 
 def _thumbnails(images):

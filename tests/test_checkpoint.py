@@ -47,6 +47,41 @@ def test_failed_save_is_reported_and_leaves_the_old_file(tmp_path, small_files_o
         assert checkpoint.load(tmp_path / name, "--resume") == {"epoch": epoch}
 
 
+@pytest.mark.parametrize("call", ["torch.save", "os.fsync", "os.link", "os.replace", "os.replace 2", "os.replace 3"])
+def test_a_save_that_is_cut_off_spoils_nothing(call, tmp_path, monkeypatch):
+    """Wherever a save ends halfway, neither it nor the saves after it may change a checkpoint that was kept."""
+    checkpoint.save({"epoch": 1}, tmp_path, ["checkpoint_0000.pth.tar"])
+    checkpoint.save({"epoch": 2}, tmp_path)
+    name, _, count = call.partition(" ")
+    module, name = {"torch": torch, "os": os}[name.split(".")[0]], name.split(".")[1]
+    original, left = getattr(module, name), [int(count or 1)]
+
+    class Killed(BaseException):
+        pass
+
+    def cut(*args):
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, cut)
+        with pytest.raises(Killed):
+            checkpoint.save({"epoch": 3}, tmp_path, ["checkpoint_0002.pth.tar"])
+    newest = [load_epoch(tmp_path / name) for name in (checkpoint.LAST, checkpoint.PREVIOUS)]
+    assert newest in ([2, 1], [None, 2])
+    checkpoint.save({"epoch": 3, "step": 5}, tmp_path)
+    assert load_epoch(tmp_path / "checkpoint_0000.pth.tar") == 1
+    assert load_epoch(tmp_path / "checkpoint_0002.pth.tar") in (None, 3)
+    assert "step" not in (checkpoint.load(tmp_path / "checkpoint_0002.pth.tar", "")
+                          if (tmp_path / "checkpoint_0002.pth.tar").exists() else {})
+
+
+def load_epoch(path):
+    return checkpoint.load(path, "--resume")["epoch"] if path.exists() else None
+
+
 def test_save_takes_the_values_of_its_moment(tmp_path, monkeypatch):
     """What training changes after `save` has returned must not reach the file, which is written in the background."""
     go, original = threading.Event(), torch.save

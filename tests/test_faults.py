@@ -20,12 +20,12 @@ from scripts.fault_test import same
 from sogclr import distributed
 
 
-@pytest.mark.parametrize(("module", "workers", "number", "flags"), [
-    (train, 0, signal.SIGTERM, ""), (train, 2, signal.SIGUSR1, ""), (lincls, 1, signal.SIGINT, ""),
-    (lincls, 0, signal.SIGTERM, "--features cached --cached-epochs 1 --lr 0.1 0.5"),
-    (lincls, 0, signal.SIGTERM, "--finetune --precision fp16 --image-size 8")])
-def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, number, flags, imagenet, tmp_path,
-                                                              monkeypatch, capsys):
+@pytest.mark.parametrize(("module", "workers", "number", "flags", "steps"), [
+    (train, 0, signal.SIGTERM, "", 5), (train, 2, signal.SIGUSR1, "--knn-freq 1", 6), (lincls, 1, signal.SIGINT, "", 5),
+    (lincls, 0, signal.SIGTERM, "--features cached --cached-epochs 1 --lr 0.1 0.5", 5),
+    (lincls, 0, signal.SIGTERM, "--finetune --precision fp16 --image-size 8", 6)])
+def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, number, flags, steps, imagenet,
+                                                              tmp_path, monkeypatch, capsys):
     """A signal must let the step end, save and exit with 75; the same command must then give the very same bits."""
     command = ["--data", imagenet, *TINY, "--seed", 1, "--epochs", 3, "--workers", workers, "--resume", "auto",
                *flags.split()]
@@ -33,18 +33,18 @@ def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, n
     calls, original = iter(range(100)), distributed.stop_requested
 
     def stop_requested():
-        if next(calls) == 4:                # in the second step of epoch 1
+        if next(calls) == steps - 1:        # in the second step of epoch 1, or its last
             os.kill(os.getpid(), number)
         return original()
 
     monkeypatch.setattr(module, "stop_requested", stop_requested)
     with pytest.raises(SystemExit, match="75"):
         call(module, *command, "--save_dir", tmp_path / "cut")
-    assert (load(tmp_path / "cut")["epoch"], load(tmp_path / "cut")["step"]) == (1, 2)
+    assert (load(tmp_path / "cut")["epoch"], load(tmp_path / "cut")["step"]) == divmod(steps, 3)
     assert f"=> {number.name}: stops after this step" in capsys.readouterr().err
     resumed = call(module, *command, "--save_dir", tmp_path / "cut")
-    assert any(line.endswith("after 1 epochs and 2 steps") for line in resumed)
-    assert losses(resumed) == losses(straight)[5:]
+    assert any(line.endswith({5: "after 1 epochs and 2 steps", 6: "after 2 epochs"}[steps]) for line in resumed)
+    assert losses(resumed) == losses(straight)[steps:]
     assert same(load(tmp_path / "straight"), load(tmp_path / "cut"))
 
 
@@ -52,7 +52,7 @@ def test_saves_in_an_epoch(imagenet, tmp_path, monkeypatch):
     """--save-minutes must write checkpoint_last between two epochs' ends, and 0 never."""
     saves = []
     monkeypatch.setattr(train.checkpoint.Writer, "save", lambda self, state, *_: saves.append(state["step"]))
-    for minutes, expected in ((1e-9, [1, 2, 3, 0]), (0, [0])):
+    for minutes, expected in ((1e-9, [1, 2, 0]), (0, [0])):
         saves.clear()
         call(train, "--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path / str(minutes),
              "--save-minutes", minutes)
@@ -69,11 +69,12 @@ def test_save_freq(imagenet, tmp_path):
 class TwoRanks:
     """`train.py` as two processes that a user has started by hand, `rank[0]` and `rank[1]`. A context."""
 
-    def __init__(self, *flags):
+    def __init__(self, *flags, launcher=()):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             url = f"tcp://localhost:{probe.getsockname()[1]}"
-        command = [sys.executable, ROOT / "train.py", *TINY, "--world-size", 2, "--dist-url", url, *flags, "--rank"]
+        command = [*launcher, sys.executable, ROOT / "train.py", *TINY, "--world-size", 2, "--dist-url", url, *flags,
+                   "--rank"]
         env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "error"}
         self.rank = [subprocess.Popen([str(part) for part in (*command, rank)], env=env, text=True,
                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
@@ -114,7 +115,7 @@ def test_two_ranks_stopped_and_killed_equal_undisturbed(imagenet, tmp_path):
         run.rank[1].send_signal(signal.SIGUSR1)
         (out, _, code), (_, error, other) = run.end()
         assert (code, other) == (75, 75), error
-        assert re.search(r"=> stopped after epoch \d+, step \d; --resume auto", out)
+        assert re.search(r"=> stopped after epoch \d+(, step \d)?; --resume auto", out)
 
     with TwoRanks(*flags) as run:
         run.wait_for("Epoch: [3][1/3]")
@@ -131,12 +132,38 @@ def test_two_ranks_stopped_and_killed_equal_undisturbed(imagenet, tmp_path):
         run.rank[0].kill()
         _, (_, error, code) = run.end()
         assert code == 1
-        assert "train.py: rank 0 of 2 was lost" in error
+        assert "train.py: rank 0 of 2 has ended" in error
 
     with TwoRanks(*flags) as run:
         assert [code for *_, code in run.end()] == [0, 0]
     assert same(load(tmp_path / "straight"), load(tmp_path / "cut"))
     assert newest(tmp_path / "cut", "checkpoint_0007.pth.tar").exists()
+
+
+def test_second_signal_ends_a_rank_that_waits(imagenet, tmp_path):
+    """A rank that waits for one that hangs must still hear signals: the first is said, the second ends it."""
+    with TwoRanks("--data", imagenet, "--epochs", 1000, "--seed", 3, "--save_dir", tmp_path) as run:
+        run.wait_for("Epoch: [1][1/3]")
+        run.rank[1].send_signal(signal.SIGSTOP)
+        time.sleep(1)
+        for _ in range(2):
+            run.rank[0].send_signal(signal.SIGTERM)
+            time.sleep(3)
+        assert run.rank[0].wait(20) == 128 + signal.SIGTERM
+        error = run.rank[0].stderr.read()
+        assert "=> SIGTERM: stops after this step" in error
+        assert "=> stopped at once" in error
+
+
+def test_a_last_save_that_fails_is_one_line(imagenet, tmp_path):
+    """Rank 0 must say it and end with 2; the other rank must end too, without a traceback."""
+    limited = ["bash", "-c", 'ulimit -f 1000; exec "$0" "$@"']        # in kB
+    with TwoRanks("--data", imagenet, "--epochs", 1, "--seed", 3, "--save_dir", tmp_path, launcher=limited) as run:
+        (_, error, code), (_, other_error, other) = run.end()
+        assert code == 2
+        assert "the last save failed: File too large" in error
+        assert other in (1, 2)
+        assert "Traceback" not in error + other_error
 
 
 SRUN = """

@@ -181,3 +181,18 @@ def test_a_resumed_run_keeps_its_protocol(flags, imagenet, tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"was made with {flags[0]}" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--finetune", "--encoder-lr", 1e40]])
+def test_spoiled_weights_are_not_saved(flags, imagenet, tmp_path, capsys):
+    """Weights that are not finite must end the run before they are on the disk; one such classifier of several not."""
+    common = ["--data", imagenet, *TINY, "--epochs", 2, "--save-minutes", 1e-9, "--save_dir", tmp_path]
+    with pytest.raises(SystemExit, match="2"):
+        call(lincls, *common, "--lr", 1e40, *flags)
+    assert "a weight is not finite in epoch 0: take a smaller learning rate than --lr 1e+40" in capsys.readouterr().err
+    for file in tmp_path.rglob("*.tar"):
+        saved = torch.load(file, weights_only=True)["state_dict"]
+        assert all(tensor.isfinite().all() for tensor in saved.values())
+    if not flags:
+        call(lincls, *common, "--lr", 0.1, 1e40)
+        assert any(tmp_path.rglob("checkpoint_last.pth.tar"))

@@ -1,9 +1,11 @@
 """The record of a run."""
 
 import json
+import shutil
 import subprocess
+import threading
 
-from sogclr.report import git_state, write_json
+from sogclr.report import Events, git_state, write_json
 
 
 def test_results_are_json_that_anything_reads(tmp_path):
@@ -19,6 +21,21 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
     """One line says that they were not written."""
     write_json(tmp_path / "missing" / "results.json", {})
     assert capsys.readouterr().err == f"=> NOT written: {tmp_path}/missing/results.json: No such file or directory\n"
+
+
+def test_the_log_ends_before_the_run_does(tmp_path, monkeypatch, capsys):
+    """A folder that vanishes must cost no more than the log: said once, whatever is written then."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)        # TensorBoard's own thread fails
+    with Events(tmp_path / "run") as events:
+        events.scalars({"loss": 1.0}, 0)
+        assert events
+        shutil.rmtree(tmp_path / "run")
+        for step in range(1, 4):
+            events.flush()
+            events.scalars({"loss": 1.0}, step)
+        assert not events
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"=> NOT written any more: the TensorBoard log in {tmp_path / 'run'}: ")
 
 
 def test_commit_is_that_of_the_checkout_alone(tmp_path):

@@ -501,6 +501,8 @@ BAD = [
     ("train.py", ["--multiprocessing-distributed", "--dist-url", "USED"], "cannot be used (Address already in use)"),
     ("train.py", ["--world-size", "2", "--rank", "0", "--dist-url", "USED"], "cannot be used (Address already in use)"),
     ("train.py", ["--multiprocessing-distributed", "--dist-url", "localhost"], "--dist-url localhost: must be"),
+    ("train.py", ["--multiprocessing-distributed", "--dist-url", "tcp://localhost:99999"], "a number below 65536"),
+    ("train.py", ["--multiprocessing-distributed", "--dist-url", "tcp://localhost:x"], "a number below 65536"),
     ("train.py", ["--world-size", "2", "--rank", "0"], "--world-size 2: needs"),
     ("train.py", ["--world-size", "2", "--rank", "2", "--dist-url", "tcp://localhost:1"], "--rank 2: must be below"),
     ("train.py", ["--knn-freq", "1", "--data_name", "folder", "--data", "SUBSET"],
