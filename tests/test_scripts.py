@@ -186,7 +186,7 @@ def test_knn_during_pretraining_changes_nothing(pretrained, imagenet, tmp_path, 
     assert all(torch.equal(state["mu"], ours["optimizer"]["state"][k]["mu"])
                for k, state in plain["optimizer"]["state"].items())
     scalars = EventAccumulator(str(newest(tmp_path).parent)).Reload()
-    assert [event.step for event in scalars.Scalars("kNN-20")] == [2, 5]
+    assert [event.step for event in scalars.Scalars("kNN-20")] == [3, 6]
     assert [line.split(" kNN-20 ")[0] for line in again if "kNN-20" in line] == [" * Epoch 0", " * Epoch 1"]
 
 
@@ -488,7 +488,9 @@ BAD = [
     ("train.py", ["--t", "nan"], "--t: must be a number in (0, infinity)"),
     ("train.py", ["--epochs", "-3"], "--epochs: must be a whole number in [1, infinity)"),
     ("train.py", ["--resume", "missing.pth"], "--resume missing.pth: no such file"),
-    ("train.py", ["--resume", "OTHER", "--epochs", "2", "--data_name", "folder", "--data", "SUBSET"],
+    ("train.py", ["--resume", "OTHER", "--epochs", "2", "--data_name", "folder"],
+     "made with --data_name imagenet1000, not folder"),
+    ("train.py", ["--resume", "OTHER", "--epochs", "2", "--data", "ONE_CLASS"],
      "was made on 24 images, but this data set holds 8"),
     ("train.py", ["--resume", "OTHER", "--arch", "resnet34"], "was made with --arch resnet18, not resnet34"),
     ("lincls.py", ["--pretrained", "OTHER", "--arch", "resnet50"], "was made with --arch resnet18, not resnet50"),
@@ -526,6 +528,8 @@ def test_bad_input_is_one_line(script, flags, message, pretrained, imagenet, use
     """Exit code 2 and one line that names the flag or file; no traceback."""
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "TEXT").write_text("text")
+    (tmp_path / "ONE_CLASS" / "train").mkdir(parents=True)
+    (tmp_path / "ONE_CLASS" / "train" / "n01440764").symlink_to(imagenet / "train" / "n01440764")
     names = {"OTHER": newest(pretrained[1], "checkpoint_0000.pth.tar"), "SUBSET": imagenet / "train" / "n01440764",
              "USED": used}
     flags = [str(names.get(flag, flag)) for flag in flags]
