@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -222,7 +223,8 @@ def load(path, flag, keys=()):
                                                else "no such file"))
     try:
         _check_sums(path)
-        with torch.serialization.safe_globals(_DATA):
+        with torch.serialization.safe_globals(_DATA), warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # about a foreign file's format: what it holds is checked here
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # a foreign file can make the unpickler raise anything
         raise InputError(f"{flag} {path}: not a checkpoint that can be read safely, it is damaged or holds more than "

@@ -1,6 +1,7 @@
 """Files that survive, and files that are not trusted."""
 
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -193,10 +194,13 @@ def test_code_is_not_unpickled(tmp_path, monkeypatch):
     """A pickle that would run code must be refused with one line, and must not run it."""
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Evil()}, "evil.pth")
-    with pytest.raises(InputError, match=r"--pretrained evil\.pth: not a checkpoint") as caught:
-        checkpoint.load("evil.pth", "--pretrained")
-    assert "\n" not in str(caught.value)
-    assert not os.path.exists("evil")
+    with open("pickled.pth", "wb") as file:
+        pickle.dump({"state_dict": Evil()}, file, protocol=4)
+    for name in ("evil.pth", "pickled.pth"):
+        with pytest.raises(InputError, match=rf"--pretrained {name}: not a checkpoint .*\(UnpicklingError\)") as caught:
+            checkpoint.load(name, "--pretrained")
+        assert "\n" not in str(caught.value)
+        assert not os.path.exists("evil")
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 torn zip", bytes(1000)])
