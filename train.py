@@ -121,7 +121,8 @@ def main_worker(args, device):
         recipe = pil_recipe(data.image_size, args.crop_min, data.mean, data.std, data.blur)
     views = TwoViews(data, seed, args.crop_min, Augment.num_draws, args.bad_images, recipe)
     precision, dtype = resolve_precision(args.precision, device)
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    # How images and weights lie: a CPU's bf16 kernels want it as a GPU's do, its float32 kernels the other way.
+    layout = torch.contiguous_format if precision == "fp32" and device.type == "cpu" else torch.channels_last
     augment = Augment(data.mean, data.std, data.blur, dtype, layout).to(device)
     loader = Loader(views, sampler, args.workers, device, augment)
     knn = knn_evaluation(args, data, device, dtype) if args.knn_freq else None
