@@ -159,10 +159,14 @@ def main_worker(args, device):
         """All that the rest of the run depends on, after `step` steps of `epoch`."""
         whole = {"epoch": epoch, "step": step, "arch": args.arch,
                  "state_dict": checkpoint.with_module(model.state_dict()), "optimizer": optimizer.state_dict(),
-                 "scaler": scaler.state_dict(), "seed": seed, "settings": settings}
+                 "scaler": scaler.state_dict(), "seed": seed, "settings": settings, "seconds": seconds()}
         if args.loss_type == "dcl":
-            whole |= {"u": criterion.u[:, None].float(), "log_u": criterion.log_u}
+            whole |= {"u": criterion.u[:, None].float(), **criterion.state_dict()}
         return whole
+
+    def seconds():
+        """That the run has taken so far, over all its starts; what was lost between a save and a kill is not in it."""
+        return saved.get("seconds", 0.0) + time.perf_counter() - started
 
     log(f"=> {METHODS[args.loss_type]} on {args.data_name}: {num_images} images of {data.image_size} pixels, "
         f"{steps} steps an epoch, epochs {start_epoch} to {args.epochs - 1}")
@@ -243,13 +247,14 @@ def main_worker(args, device):
                 raise Stopped(f"after epoch {epoch}")
             if args.loss_type == "dcl":
                 events.histogram("log u", criterion.log_u[criterion.log_u.isfinite()], (epoch + 1) * steps)
+                events.histogram("age of u in epochs", criterion.age / steps, (epoch + 1) * steps)
             if knn and ((epoch + 1) % args.knn_freq == 0 or epoch == args.epochs - 1):
                 knn_acc1 = {f"kNN-{k}": acc1 for k, acc1 in knn(model.base_encoder).items()}
                 log(f" * Epoch {epoch} " + " ".join(f"{name} {acc1:.1f}" for name, acc1 in knn_acc1.items()))
                 events.scalars(knn_acc1, (epoch + 1) * steps)
     report.write_json(folder / "results.json", {
         "loss": losses.average, "gcl": gcl.average if gcl.count else None, **knn_acc1, "first_epoch": start_epoch,
-        "seconds": round(time.perf_counter() - started, 1), **record})
+        "seconds": round(seconds(), 1), **record})
     log(f"=> done: {folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
 
 
@@ -286,10 +291,8 @@ def restore(saved, path, args, model, criterion, optimizer, scaler):
         rows, images = saved["u"].numel(), len(criterion.log_u)
         if rows not in (images, images + 1):        # the authors keep one row more
             raise InputError(f"--resume {path}: was made on {rows} images, but this data set holds {images}")
-        if "log_u" in saved:
-            criterion.log_u.copy_(saved["log_u"])
-        else:
-            criterion.u = saved["u"].flatten()[:images]
+        criterion.u = saved["u"].flatten()[:images]     # all that the authors' files have
+        criterion.load_state_dict({name: saved.get(name, tensor) for name, tensor in criterion.state_dict().items()})
     try:
         model.load_state_dict(checkpoint.without_module(saved["state_dict"]))
         optimizer.load_state_dict(saved["optimizer"])

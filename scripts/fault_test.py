@@ -92,9 +92,9 @@ def kill_at_random(run, folder, rng):
 
 
 def same(a, b):
-    """Whether two checkpoints hold the same bits, but for where and how they were made."""
+    """Whether two checkpoints hold the same bits, but for where and how they were made and how long it took."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key != "settings")
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key not in ("settings", "seconds"))
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -46,6 +46,7 @@ class GlobalContrastiveLoss(nn.Module):
 
     The estimator is kept as its logarithm (`log_u`, [N] float32, -inf before the first visit), because exp(1/tau)
     leaves float32 below tau = 0.0113. It is a buffer: it moves with `.to(device)` and is part of `state_dict()`.
+    So are `batches`, how many there were, and `last_visit`, [N] int32: the number of the last one that held an image.
     """
 
     def __init__(self, num_samples, temperature=0.1, gamma=0.9):
@@ -55,6 +56,8 @@ class GlobalContrastiveLoss(nn.Module):
             raise ValueError(f"gamma must be in (0, 1], got {gamma}")
         self.temperature, self.gamma = temperature, gamma
         self.register_buffer("log_u", torch.full((num_samples,), -math.inf))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int32))
+        self.register_buffer("last_visit", torch.zeros(num_samples, dtype=torch.int32))
         self.keys = self.log_U = None       # of the last global batch: all views [2B, D] and their log U [2B]
         self.scores = None
 
@@ -66,6 +69,12 @@ class GlobalContrastiveLoss(nn.Module):
     @u.setter
     def u(self, u):
         self.log_u.copy_(torch.as_tensor(u).reshape(-1).log())
+
+    @property
+    def age(self):
+        """How many batches ago each image was visited that was visited at all: [at most N] int32, in the images' order.
+        """
+        return (self.batches - self.last_visit)[self.log_u > -math.inf]
 
     @_outside_autocast
     def forward(self, z1, z2, index):
@@ -111,6 +120,8 @@ class GlobalContrastiveLoss(nn.Module):
         if index.device.type == "cpu" and world_size() > 1:
             _check_index(index, len(index), len(self.log_u))
         self.log_u[index] = (torch.logaddexp(*log_U.chunk(2)) - math.log(2)).to(self.log_u.dtype)
+        self.batches += 1
+        self.last_visit[index] = self.batches
 
     @torch.no_grad()
     def diagnostics(self):
@@ -183,20 +194,6 @@ class ContrastiveLoss(nn.Module):
         """As `GlobalContrastiveLoss.diagnostics`, with g of this batch in the place of U."""
         scores = _Scores(self.keys, self.keys, self.temperature, exclude_positive=True)
         return _diagnostics(self.keys, scores.log_sum - math.log(len(self.keys) - 2), self.temperature)
-
-
-class _Loss(torch.autograd.Function):
-    """A value that was computed together with its gradient with respect to z."""
-
-    @staticmethod
-    def forward(ctx, z, value, gradient):
-        ctx.save_for_backward(gradient)
-        return value
-
-    @staticmethod
-    def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        return upstream * gradient, None, None
 
 
 class _Block(NamedTuple):

@@ -28,7 +28,9 @@ class Net(torch.nn.Module):
 
 
 def trajectory(case, rank, world):
-    """STEPS steps of plain gradient descent on this rank's share: each step's loss, u, diagnostics and gradients."""
+    """STEPS steps of plain gradient descent on this rank's share: each step's loss, u and its age, diagnostics and
+    gradients.
+    """
     torch.manual_seed(0)
     model = Net().double()
     criterion = ContrastiveLoss(TEMPERATURE) if case == "cl" else GlobalContrastiveLoss(N, TEMPERATURE).double()
@@ -49,7 +51,7 @@ def trajectory(case, rank, world):
         model.zero_grad()
         loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
-        u = criterion.u.clone() if case != "cl" else torch.zeros(N)
+        u = torch.cat([criterion.u, criterion.age]) if case != "cl" else torch.zeros(N)
         record.append([loss.detach(), u, torch.stack(list(criterion.diagnostics().values())), *grads])
         with torch.no_grad():
             for p, grad in zip(model.parameters(), grads, strict=True):
@@ -80,7 +82,7 @@ def ranks(request, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_split_batch_equals_whole_batch(ranks, case):
-    """Each rank's loss, u, diagnostics and DDP gradients must be one process's on the whole batch, to 1e-10."""
+    """Each rank's loss, u, ages, diagnostics and DDP gradients must be one process's on the whole batch, to 1e-10."""
     whole = trajectory(case, 0, 1)
     assert max(float(value.abs().max()) for value in whole[0][3:]) > 0.01       # there is a gradient to compare
     for record in ranks:

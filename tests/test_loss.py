@@ -168,6 +168,17 @@ def test_estimator_of_absent_images_does_not_move():
     assert (criterion.log_u[4:12] != before[4:12]).all()
 
 
+def test_age_counts_steps_since_the_last_visit():
+    """An image's age must be 0 in the step that shows it, grow by one in each that does not, and be missing before."""
+    criterion, ages = GlobalContrastiveLoss(20), dict.fromkeys(range(20), None)
+    for step in range(6):
+        index = torch.randperm(20, generator=torch.Generator().manual_seed(step))[:4]
+        run(criterion, *(view[:4] for view in views(dtype=torch.float32)), index)
+        ages = {i: 0 if i in index else None if age is None else age + 1 for i, age in ages.items()}
+        assert criterion.age.tolist() == [age for age in ages.values() if age is not None]
+    assert max(criterion.age) > 1
+
+
 def full_mean(z1, z2, temperature):
     """g of every image over the whole data set, averaged over its two views."""
     n = [torch.nn.functional.normalize(z.detach(), dim=1) for z in (z1, z2)]
@@ -247,6 +258,7 @@ def test_estimator_is_saved_and_restored_exactly():
     for a, b in zip(run(criterion, z2, z1, torch.arange(4, 12)), run(other, z2, z1, torch.arange(4, 12)), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(criterion.log_u, other.log_u)
+    assert torch.equal(criterion.age, other.age)
     other.u = torch.tensor([0.0, 2.0] * 10)[:, None]
     assert torch.allclose(other.u, torch.tensor([0.0, 2.0] * 10))
     assert other.log_u[0] == -math.inf
