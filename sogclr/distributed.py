@@ -449,7 +449,9 @@ def all_gather(tensor):
     if world_size() == 1:
         return tensor
     gathered = tensor.new_empty((world_size() * len(tensor), *tensor.shape[1:]))
-    dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    # newer releases of torch deprecate the one name, older ones do not know the other
+    into_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    into_tensor(gathered, tensor.contiguous())
     return gathered
 
 
