@@ -214,10 +214,10 @@ class Run:
                       self.device)
 
     def write_results(self, path, **measured):
-        """The run's record for machines; `encoder` holds the settings of its pretraining."""
+        """The run's record for machines; `encoder` holds the settings of its pretraining, None where it is not ours."""
         log(f"=> {path}" + ": replaces that of an earlier run" * path.exists())
         report.write_json(path, {
-            "protocol": protocol(self.args), "pretrained": self.args.pretrained or None, "encoder": self.made_with,
+            "protocol": protocol(self.args), "pretrained": self.args.pretrained or None, **self.made_with,
             **measured, "classes": len(self.classes), "train_images": len(self.train_data.images),
             "val_images": len(self.val_data.images), "seconds": round(time.perf_counter() - self.started, 1),
             "settings": self.settings, **report.surroundings(self.device)})
@@ -410,14 +410,15 @@ def embed(run):
 
 
 def open_checkpoints(args, folder):
-    """The encoder's tensors (None for a random one), the settings of its pretraining where train.py made it, the flag
-    and file that they are from, the path of the checkpoint to continue from or to evaluate, and what is in it ("" and
-    {} where there is none).
+    """The encoder's tensors (None for a random one), what the results say of its pretraining, the flag and file that
+    they are from, the path of the checkpoint to continue from or to evaluate, and what is in it ("" and {} where there
+    is none).
     """
-    source, pretrained, made_with = f"--pretrained {args.pretrained}", None, None
+    source, pretrained, loaded = f"--pretrained {args.pretrained}", None, {}
     if args.pretrained:
         loaded = checkpoint.load(args.pretrained, "--pretrained")
-        pretrained, made_with = read_encoder(loaded, source, args), loaded.get("settings")
+        pretrained = read_encoder(loaded, source, args)
+    made_with = {"encoder": loaded.get("settings"), "pretraining_seconds": loaded.get("seconds")}
     if args.evaluate and args.resume != "auto":
         resume, saved = args.resume, checkpoint.load(args.resume, "--resume", CHECKPOINT_KEYS)
     else:

@@ -3,7 +3,8 @@
 
     python scripts/collect_results.py FOLDER [--png FILE]
 
-Runs that differ in the seed alone are one row: mean and standard deviation over all seeds that are there.
+Runs that differ in the seed alone are one row: mean and standard deviation over all seeds that are there. Beside loss
+and batch size, each setting of the pretraining in which the runs differ has a column.
 """
 
 import json
@@ -18,58 +19,79 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sogclr import InputError
 from sogclr.flags import Parser
+from train import METHOD_FLAGS
 
-CLASSIC = "linear evaluation"
+CLASSIC, MINUTES = "linear evaluation", "minutes"
 LOSSES = {"cl": ("SimCLR", (200, 80, 40)), "dcl": ("SogCLR", (40, 90, 180))}        # name and colour
 
 
 def read(folder):
-    """{(loss, batch size): {protocol: {seed: Acc@1}}} of all evaluations of pretrained encoders under a folder.
+    """All evaluations of pretrained encoders under a folder.
 
+    Returns the names of the settings that tell its runs apart, and {their values: {column: {seed: value}}}; a column is
+    a protocol, its value the Acc@1 in percent, or "minutes", those of the pretraining. A third item is the set of
+    (commit, device, torch's version) of the evaluations.
     Raises InputError where there is none, or where two runs would be the same entry.
     """
-    table = {}
+    runs, made_by = [], set()
     for file in sorted(folder.rglob("results.json")):
         results = json.loads(file.read_text())
         encoder = results.get("encoder")        # the settings of its pretraining
         if not encoder:
             continue
         if "knn_acc1" in results:
-            accuracies = {f"kNN-{k}": acc1 for k, acc1 in results["knn_acc1"].items()}
+            values = {f"kNN-{k}": acc1 for k, acc1 in results["knn_acc1"].items()}
         else:
-            accuracies = {results["protocol"]: results["classifiers"][results["chosen"]]["acc1"]}
-        row = table.setdefault((encoder["loss_type"], encoder["batch_size"]), {})
-        for protocol, acc1 in accuracies.items():
-            seeds = row.setdefault(protocol, {})
-            if encoder["seed"] in seeds:
-                raise InputError(f"{file}: another run there has its loss, batch size, protocol and seed")
-            seeds[encoder["seed"]] = acc1
-    if not table:
+            values = {results["protocol"]: results["classifiers"][results["chosen"]]["acc1"]}
+        runs.append((file, encoder, values, results.get("pretraining_seconds")))
+        made_by.add((results["commit"], results["device"], results["versions"]["torch"]))
+    if not runs:
         raise InputError(f"{folder}: holds no results.json of a pretrained encoder, run lincls.py first")
-    return table
+
+    names = ["loss_type", "batch_size"]
+    names += [name for name in METHOD_FLAGS if name not in (*names, "seed")
+              and len({str(encoder.get(name)) for _, encoder, _, _ in runs}) > 1]
+    table = {}
+    for file, encoder, values, seconds in runs:
+        row = table.setdefault(tuple(encoder.get(name) for name in names), {})
+        for column, value in values.items():
+            seeds = row.setdefault(column, {})
+            if encoder["seed"] in seeds:
+                raise InputError(f"{file}: another run there has its settings, protocol and seed")
+            seeds[encoder["seed"]] = value
+        if seconds is not None:
+            row.setdefault(MINUTES, {})[encoder["seed"]] = seconds / 60
+    return names, table, made_by
+
+
+def _order(entry):
+    """Of the table's rows: by loss, then by numbers; None, of files without that setting, stands apart."""
+    return [(type(value).__name__, value) for value in entry[0]]
 
 
 def mean_and_deviation(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def markdown(table, protocols):
-    """A row for each loss and batch size, a column for each protocol."""
-    lines = [f"| loss | batch | {' | '.join(protocols)} | seeds |", "|---" * (len(protocols) + 3) + "|"]
-    for (loss, batch), row in sorted(table.items()):
-        cells = []
-        for values in (list(row.get(protocol, {}).values()) for protocol in protocols):
+def markdown(names, table):
+    """A row for each setting, a column for each protocol, and the minutes that its pretraining took."""
+    columns = sorted({column for row in table.values() for column in row}, key=lambda name: (name == MINUTES, name))
+    heads = ["loss", "batch", *(f"`--{name.replace('_', '-')}`" for name in names[2:]), *columns, "seeds"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for (loss, *settings), row in sorted(table.items(), key=_order):
+        cells = [LOSSES[loss][0], *map(str, settings)]
+        for values in (list(row.get(column, {}).values()) for column in columns):
             mean, deviation = mean_and_deviation(values) if values else (None, None)
             cells.append(f"{mean:.2f} ± {deviation:.2f}" if len(values) > 1 else f"{mean:.2f}" if values else "")
         seeds = sorted({seed for values in row.values() for seed in values})
-        lines.append(f"| {LOSSES[loss][0]} | {batch} | {' | '.join(cells)} | {', '.join(map(str, seeds))} |")
+        lines.append("| " + " | ".join([*cells, ", ".join(map(str, seeds))]) + " |")
     return "\n".join(lines)
 
 
 def plot(table, protocol, file, width=640, height=400):
     """Acc@1 over the batch size, a line for each loss, its bars one standard deviation long to each side."""
     lines = {}      # {loss: {batch size: (mean, deviation)}}
-    for (loss, batch), row in sorted(table.items()):
+    for (loss, batch), row in sorted(table.items(), key=_order):
         if protocol in row:
             lines.setdefault(loss, {})[batch] = mean_and_deviation(row[protocol].values())
     points = [point for line in lines.values() for point in line.values()]
@@ -111,12 +133,17 @@ def main():
     parser.add_argument("--png", metavar="FILE", help="also draw the classic protocol, or else the first column, there")
     args = parser.parse_args()
     try:
-        table = read(args.folder)
+        names, table, made_by = read(args.folder)
+        if args.png and len(names) > 2:
+            raise InputError(f"--png: draws runs that differ in loss, batch size and seed, "
+                             f"not in {', '.join(names[2:])}")
     except InputError as error:
         parser.error(str(error))
-    protocols = sorted({protocol for row in table.values() for protocol in row})
-    print(markdown(table, protocols))
+    print(markdown(names, table))
+    for commit, device, version in sorted(made_by, key=str):
+        print(f"\nEvaluated at commit {commit or 'unknown'}, on {device}, torch {version}.")
     if args.png:
+        protocols = sorted({column for row in table.values() for column in row if column != MINUTES})
         plot(table, CLASSIC if CLASSIC in protocols else protocols[0], args.png)
 
 

@@ -16,11 +16,13 @@ def runs(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(results))
 
+    made_by = {"commit": "abc", "device": "CPU", "versions": {"torch": "2.x"}}
     for loss, batch, seed, acc1 in (("cl", 64, 1, 70.0), ("cl", 64, 2, 72.0), ("dcl", 64, 1, 75.0),
                                     ("dcl", 256, 1, 76.0), ("dcl", 256, 2, 77.0)):
-        encoder, name = {"loss_type": loss, "batch_size": batch, "seed": seed}, f"{loss}_{batch}_{seed}"
-        write(name, encoder=encoder, protocol="linear evaluation", chosen=1, classifiers=[{"acc1": 1}, {"acc1": acc1}])
-        write(name + "_knn", encoder=encoder, protocol="kNN evaluation", knn_acc1={"20": acc1 - 10, "200": acc1 - 20})
+        encoder, name = {"loss_type": loss, "batch_size": batch, "seed": seed, "t": 0.1}, f"{loss}_{batch}_{seed}"
+        common = {"encoder": encoder, "pretraining_seconds": 60 * batch, **made_by}
+        write(name, protocol="linear evaluation", chosen=1, classifiers=[{"acc1": 1}, {"acc1": acc1}], **common)
+        write(name + "_knn", protocol="kNN evaluation", knn_acc1={"20": acc1 - 10, "200": acc1 - 20}, **common)
     write("random", encoder=None, protocol="linear evaluation", chosen=0, classifiers=[{"acc1": 30}])
     write("training", loss=0.5)
     return tmp_path
@@ -35,11 +37,27 @@ def collect(monkeypatch, capsys, *args):
 def test_mean_and_deviation_over_seeds(runs, monkeypatch, capsys):
     """Each seed counts once, the chosen classifier stands for its run, and nothing else is mixed in."""
     assert collect(monkeypatch, capsys, runs) == [
-        "| loss | batch | kNN-20 | kNN-200 | linear evaluation | seeds |",
-        "|---|---|---|---|---|---|",
-        "| SimCLR | 64 | 61.00 ± 1.41 | 51.00 ± 1.41 | 71.00 ± 1.41 | 1, 2 |",
-        "| SogCLR | 64 | 65.00 | 55.00 | 75.00 | 1 |",
-        "| SogCLR | 256 | 66.50 ± 0.71 | 56.50 ± 0.71 | 76.50 ± 0.71 | 1, 2 |"]
+        "| loss | batch | kNN-20 | kNN-200 | linear evaluation | minutes | seeds |",
+        "|---|---|---|---|---|---|---|",
+        "| SimCLR | 64 | 61.00 ± 1.41 | 51.00 ± 1.41 | 71.00 ± 1.41 | 64.00 ± 0.00 | 1, 2 |",
+        "| SogCLR | 64 | 65.00 | 55.00 | 75.00 | 64.00 | 1 |",
+        "| SogCLR | 256 | 66.50 ± 0.71 | 56.50 ± 0.71 | 76.50 ± 0.71 | 256.00 ± 0.00 | 1, 2 |",
+        "", "Evaluated at commit abc, on CPU, torch 2.x."]
+
+
+def test_settings_that_differ_have_columns(runs, monkeypatch, capsys):
+    """A run with another temperature must be a row of its own, with the temperature in a column; no plot can show it.
+    """
+    other = json.loads((runs / "cl_64_1" / "results.json").read_text())
+    other["encoder"]["t"] = 0.5
+    (runs / "other").mkdir()
+    (runs / "other" / "results.json").write_text(json.dumps(other))
+    lines = collect(monkeypatch, capsys, runs)
+    assert lines[0].startswith("| loss | batch | `--t` | kNN-20 ")
+    assert [line.split(" | ")[:3] for line in lines[2:4]] == [["| SimCLR", "64", "0.1"], ["| SimCLR", "64", "0.5"]]
+    with pytest.raises(SystemExit, match="2"):
+        collect(monkeypatch, capsys, runs, "--png", runs / "plot.png")
+    assert "not in t" in capsys.readouterr().err
 
 
 def test_plot(runs, monkeypatch, capsys):
@@ -60,7 +78,7 @@ def test_nothing_to_collect(tmp_path, runs, monkeypatch, capsys):
     """A folder without results, or with the same run twice, must be one line."""
     (tmp_path / "empty").mkdir()
     for folder, message in ((tmp_path / "empty", "holds no results.json of a pretrained encoder"),
-                            (runs, "another run there has its loss, batch size, protocol and seed")):
+                            (runs, "another run there has its settings, protocol and seed")):
         again = json.loads((runs / "cl_64_1" / "results.json").read_text())
         (runs / "again").mkdir(exist_ok=True)
         (runs / "again" / "results.json").write_text(json.dumps(again))
