@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A small batch does not harm: SimCLR (cl) and SogCLR (dcl) on CIFAR-10 at several batch sizes, everything else the same;
 # then linear evaluation, classic and of cached features at eight rates, and kNN; a table and a plot of all of them.
-# Needs: 1 GPU for all of it. LOSSES, BATCHES and SEEDS choose a part, LINCLS holds further flags for lincls.py; OUT takes
-# the runs, results.md and results.png. Nothing of it is measured on a GPU yet.
+# Needs: 1 GPU for all of it. LOSSES, BATCHES, SEEDS and PROTOCOLS choose a part, LINCLS holds further flags for
+# lincls.py; OUT takes the runs, results.md and results.png. Not measured on a GPU: the CPU-sized version is
+# cifar10_batch_size_cpu.sh.
 # Arguments are appended to train.py's, so any flag can be overridden. The same command continues where it was cut off.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,9 +21,14 @@ for seed in ${SEEDS:-1 2 3}; do
                 --learning-rate-scaling linear --wd 1e-4 --t 0.3 --gamma 0.9 --save-freq 1000 "$@"
             checkpoint=$(ls "$runs"/*_bz_"$batch"_*/checkpoint_last.pth.tar)
             evaluate=("$python" lincls.py "${common[@]}" --pretrained "$checkpoint" "${lincls[@]}")
-            "${evaluate[@]}"
-            "${evaluate[@]}" --features cached --lr 0.03 0.1 0.3 1 3 10 30 100
-            "${evaluate[@]}" --knn
+            for protocol in ${PROTOCOLS:-classic cached knn}; do
+                case $protocol in
+                    classic) "${evaluate[@]}" ;;
+                    cached) "${evaluate[@]}" --features cached --lr 0.03 0.1 0.3 1 3 10 30 100 ;;
+                    knn) "${evaluate[@]}" --knn ;;
+                    *) echo "PROTOCOLS: knows classic, cached and knn, not $protocol" >&2; exit 2 ;;
+                esac
+            done
         done
     done
 done

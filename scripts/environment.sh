@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: goes to the project's folder and sets PYTHON to an interpreter with its packages.
 # PYTHON=... in the environment names an existing one; else .venv is made from requirements.txt (a few GB, once), with
 # the packages in EXTRA_PACKAGES.
@@ -5,7 +6,7 @@ if [ -n "${PYTHON:-}" ]; then
     PYTHON=$(command -v "$PYTHON") || { echo "PYTHON: no such interpreter" >&2; exit 1; }
     PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
 fi
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 if [ -z "${PYTHON:-}" ]; then
     if ! .venv/bin/python -m pip --version > /dev/null 2>&1 && ! python3 -m venv --clear .venv; then
         echo "scripts/environment.sh: python3 -m venv failed; on Debian: apt install python3-venv" >&2
@@ -13,6 +14,6 @@ if [ -z "${PYTHON:-}" ]; then
     fi
     PYTHON=$PWD/.venv/bin/python
     echo "=> installing requirements.txt ${EXTRA_PACKAGES:-} into .venv"
-    # shellcheck disable=SC2086 (the packages are words)
+    # shellcheck disable=SC2086 # the packages are words
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt ${EXTRA_PACKAGES:-}
 fi

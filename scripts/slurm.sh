@@ -23,7 +23,7 @@ url=tcp://$host:$((20000 + SLURM_JOB_ID % 20000))
 
 # One process a machine, which starts one for each of its GPUs.
 code=0
-# shellcheck disable=SC2016 (each machine expands its own SLURM_NODEID)
+# shellcheck disable=SC2016 # each machine expands its own SLURM_NODEID
 srun --kill-on-bad-exit=1 bash -c 'exec "${PYTHON:-python3}" train.py --multiprocessing-distributed \
     --world-size "$SLURM_NNODES" --rank "$SLURM_NODEID" "$@"' train.py \
     --dist-url "$url" --workers "${SLURM_CPUS_PER_TASK:-16}" --resume auto "$@" || code=$?

@@ -7,6 +7,10 @@ Names follow the paper (Yuan et al., arXiv 2202.12387) and hold in the whole fil
     g_i^a  mean of exp(s(z_i^a, z)/tau) over the 2(B-1) views z of *other* images; g_i^b likewise
     u_i    moving average of g_i, one for each image of the data set; 0 before the image's first visit
     U_i^a  (1 - gamma_i) u_i + gamma_i g_i^a, with gamma_i = 1 on the first visit and gamma after; U_i^b likewise
+    w_ij^a exp(s(z_i^a, z_j)/tau) / U_i^a, held fixed; w_ij^b likewise
+
+    u_i  <- (U_i^a + U_i^b) / 2
+    loss  = mean_i [ -2 s(z_i^a, z_i^b) + 1/(2(B-1)) sum_j (w_ij^a s(z_i^a, z_j) + w_ij^b s(z_i^b, z_j)) ]
 
 `plain_global_contrastive_loss` is the loss as the paper writes it, for one process. The classes compute the same in log
 space, across ranks, and faster, because a similarity is symmetric: z_i's gradient from its own negatives is

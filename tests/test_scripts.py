@@ -625,7 +625,7 @@ def test_unreadable_image_ends_a_process_with_workers(script, imagenet, tmp_path
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "scripts").glob("pretrain_*.sh")))
 def test_recipes_take_overrides(recipe, imagenet, tmp_path):
     """Each recipe must run as it is, with flags appended: here on few small images, as a dry run."""
-    env = os.environ | {"PYTHON": sys.executable, "DATA": str(imagenet), "SAVE_DIR": str(tmp_path),
+    env = os.environ | {"PYTHON": sys.executable, "DATA": str(imagenet), "SAVE_DIR": str(tmp_path), "GPUS": "2",
                         "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", ROOT / "scripts" / recipe, *TINY, "--data_name", "imagenet1000", "--dry-run"]
     done = subprocess.run(list(map(str, command)), env=env, text=True, capture_output=True, timeout=200)
