@@ -333,8 +333,8 @@ def train(run):
             log(" * Epoch {} Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} (best Acc@1 {best_acc1:.3f} in epoch {best_epoch})"
                 .format(epoch, **best) + f" {classifiers.names[classifiers.chosen]}" * several)
             for curve, score, (average, top1), lr in zip(curves, classifiers.scores, meters, lrs, strict=False):
-                curve.scalars({"val Acc@1": score["acc1"], "val Acc@5": score["acc5"], "train Acc@1": top1.average,
-                               "train loss": average.average, "learning rate": lr}, epoch)
+                curve.scalars({"val/Acc@1": score["acc1"], "val/Acc@5": score["acc5"], "train/Acc@1": top1.average,
+                               "train/loss": average.average, "train/learning rate": lr}, epoch)
                 curve.flush()
             writer.save(state(epoch + 1, 0), *[BEST] * (best["best_epoch"] == epoch))
             if stop and epoch + 1 < args.epochs:

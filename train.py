@@ -219,10 +219,12 @@ def main_worker(args, device):
                     diagnostics = criterion.diagnostics()
                     gcl.update(diagnostics["gcl"])
                     log(progress.line(step, [losses, gcl, f"LR {lr:.4g}"]), live=progress.live)
-                    events.scalars({"loss": losses.value, **diagnostics, "learning rate": lr,
-                                    "images per second": progress.images_per_second,
-                                    **({"gamma": criterion.gamma} if args.loss_type == "dcl" else {}),
-                                    **({"GPU memory, GiB": torch.cuda.max_memory_allocated() / 2**30}
+                    events.scalars({"loss/loss": losses.value, "loss/gcl": gcl.value,
+                                    "features/alignment": diagnostics["alignment"],
+                                    "features/uniformity": diagnostics["uniformity"],
+                                    "run/learning rate": lr, "run/images per second": progress.images_per_second,
+                                    **({"run/gamma": criterion.gamma} if args.loss_type == "dcl" else {}),
+                                    **({"run/GPU memory, GiB": torch.cuda.max_memory_allocated() / 2**30}
                                        if device.type == "cuda" else {})}, epoch * steps + step)
                 if events and (epoch, step) == (start_epoch, start_step):
                     pairs = torch.stack([view1[:32], view2[:32]], 1).flatten(0, 1)      # an image's views side by side
@@ -246,12 +248,12 @@ def main_worker(args, device):
             if stop and epoch + 1 < args.epochs:
                 raise Stopped(f"after epoch {epoch}")
             if args.loss_type == "dcl":
-                events.histogram("log u", criterion.log_u[criterion.log_u.isfinite()], (epoch + 1) * steps)
-                events.histogram("age of u in epochs", criterion.age / steps, (epoch + 1) * steps)
+                events.histogram("u/log u", criterion.log_u[criterion.log_u.isfinite()], (epoch + 1) * steps)
+                events.histogram("u/age in epochs", criterion.age / steps, (epoch + 1) * steps)
             if knn and ((epoch + 1) % args.knn_freq == 0 or epoch == args.epochs - 1):
                 knn_acc1 = {f"kNN-{k}": acc1 for k, acc1 in knn(model.base_encoder).items()}
                 log(f" * Epoch {epoch} " + " ".join(f"{name} {acc1:.1f}" for name, acc1 in knn_acc1.items()))
-                events.scalars(knn_acc1, (epoch + 1) * steps)
+                events.scalars({f"features/{name}": acc1 for name, acc1 in knn_acc1.items()}, (epoch + 1) * steps)
     report.write_json(folder / "results.json", {
         "loss": losses.average, "gcl": gcl.average if gcl.count else None, **knn_acc1, "first_epoch": start_epoch,
         "seconds": round(seconds(), 1), **record})

@@ -159,8 +159,8 @@ def test_record_and_tensorboard(linear):
     assert record["seconds"] > 0
     for row in record["classifiers"]:
         curves = EventAccumulator(str(run_folder / f"lr_{row['lr']:g}_wd_0")).Reload()
-        assert [event.step for event in curves.Scalars("val Acc@1")] == [0, 1, 2]
-        assert curves.Scalars("val Acc@1")[-1].value == pytest.approx(row["acc1"])
+        assert [event.step for event in curves.Scalars("val/Acc@1")] == [0, 1, 2]
+        assert curves.Scalars("val/Acc@1")[-1].value == pytest.approx(row["acc1"])
         assert curves.Scalars("hparam/best_acc1")[0].value == pytest.approx(row["best_acc1"])
         assert "_hparams_/session_start_info" in curves.summary_metadata
     embedding = run_folder / "00003" / "default"

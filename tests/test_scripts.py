@@ -133,10 +133,12 @@ def test_pretraining_writes_what_others_read(pretrained):
     assert results["versions"]["torch"] == torch.__version__
     assert f"{results['loss']:.4f}" in lines[-2]
     scalars = EventAccumulator(str(run_folder)).Reload()
-    assert {"loss", "gcl", "learning rate"} <= set(scalars.Tags()["scalars"])
-    assert f"{scalars.Scalars('loss')[-1].value:.4f}" == losses(lines)[-1]
+    assert {"loss/loss", "loss/gcl", "run/learning rate"} <= set(scalars.Tags()["scalars"])
+    assert f"{scalars.Scalars('loss/loss')[-1].value:.4f}" == losses(lines)[-1]
     assert (scalars.Images("views")[0].height, scalars.Images("views")[0].width) == (2 + 2 * 34, 2 + 8 * 34)
-    assert scalars.Histograms("log u")[-1].histogram_value.num == 24
+    assert scalars.Histograms("u/log u")[-1].histogram_value.num == 24
+    assert (scalars.Histograms("u/age in epochs")[-1].histogram_value.min,
+            scalars.Histograms("u/age in epochs")[-1].histogram_value.max) == (0, pytest.approx(2 / 3))
     assert any("CPU" in line for line in lines[:4])
 
 
@@ -186,7 +188,7 @@ def test_knn_during_pretraining_changes_nothing(pretrained, imagenet, tmp_path, 
     assert all(torch.equal(state["mu"], ours["optimizer"]["state"][k]["mu"])
                for k, state in plain["optimizer"]["state"].items())
     scalars = EventAccumulator(str(newest(tmp_path).parent)).Reload()
-    assert [event.step for event in scalars.Scalars("kNN-20")] == [3, 6]
+    assert [event.step for event in scalars.Scalars("features/kNN-20")] == [3, 6]
     assert [line.split(" kNN-20 ")[0] for line in again if "kNN-20" in line] == [" * Epoch 0", " * Epoch 1"]
 
 
