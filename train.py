@@ -174,6 +174,7 @@ def main_worker(args, device):
         f"{precision}, seed {seed}, on {device_names(device)}")
     log(f"=> global batch {args.batch_size} ({args.batch_size // ranks} a rank), "
         f"peak learning rate {peak_lr:g}, run folder {folder}")
+    log("=> all settings: " + ", ".join(f"{name} {settings[name]}" for name in METHOD_FLAGS))
 
     if start_epoch >= args.epochs:
         log(f"=> nothing to do: {resume} has all {args.epochs} epochs")

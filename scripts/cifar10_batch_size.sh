@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # A small batch does not harm: SimCLR (cl) and SogCLR (dcl) on CIFAR-10 at several batch sizes, everything else the same;
 # then linear evaluation, classic and of cached features at eight rates, and kNN; a table and a plot of all of them.
-# Needs: 1 GPU for all of it. LOSSES, BATCHES, SEEDS and PROTOCOLS choose a part, LINCLS holds further flags for
-# lincls.py; OUT takes the runs, results.md and results.png. Not measured on a GPU: the CPU-sized version is
-# cifar10_batch_size_cpu.sh.
+# Needs: 1 GPU for all of it. LOSSES, BATCHES, SEEDS and PROTOCOLS choose a part; LINCLS holds further flags for
+# lincls.py, CLASSIC those for its classic protocol alone; OUT takes the runs, results.md and results.png. Not measured on
+# a GPU: the CPU-sized version is cifar10_batch_size_cpu.sh.
 # Arguments are appended to train.py's, so any flag can be overridden. The same command continues where it was cut off.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-saved_models/cifar10_batch_size}
 read -ra lincls <<< "${LINCLS:-}"
+read -ra classic <<< "${CLASSIC:-}"
 
 for seed in ${SEEDS:-1 2 3}; do
     for batch in ${BATCHES:-32 64 128 256 512}; do
@@ -23,7 +24,7 @@ for seed in ${SEEDS:-1 2 3}; do
             evaluate=("$python" lincls.py "${common[@]}" --pretrained "$checkpoint" "${lincls[@]}")
             for protocol in ${PROTOCOLS:-classic cached knn}; do
                 case $protocol in
-                    classic) "${evaluate[@]}" ;;
+                    classic) "${evaluate[@]}" "${classic[@]}" ;;
                     cached) "${evaluate[@]}" --features cached --lr 0.03 0.1 0.3 1 3 10 30 100 ;;
                     knn) "${evaluate[@]}" --knn ;;
                     *) echo "PROTOCOLS: knows classic, cached and knn, not $protocol" >&2; exit 2 ;;

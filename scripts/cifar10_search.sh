@@ -16,23 +16,18 @@ mkdir -p "$out"
 [ -d "$images" ] || "$python" scripts/make_subset.py "$images" --held-out --data_name "${DATA_NAME:-cifar10}" \
     --data "${DATA:-data/cifar10}"
 
-try() {     # NAME LOSSES [FLAGS that differ from the starting point]
-    echo "=> $1"
-    OUT=$out/$1 DATA_NAME=folder DATA=$images SEEDS=1 BATCHES=64 LOSSES=$2 PROTOCOLS="cached knn" \
-        LINCLS="--workers 1 --precision bf16" bash scripts/cifar10_batch_size.sh --stem imagenet --workers 1 \
-        --precision bf16 --epochs 10 --warmup-epochs 1 --learning-rate-scaling sqrt \
-        --lr 0.15 --t 0.2 --gamma 0.9 --crop-min 0.2 --wd 1e-6 "${@:3}" > "$out/$1.log"
-}
-
+start=(--lr 0.15 --t 0.2 --gamma 0.9 --crop-min 0.2 --wd 1e-6)
 for loss in ${LOSSES:-cl dcl}; do
-    try "start_$loss" "$loss"
-    for change in "t 0.1" "t 0.4" "lr 0.3" "lr 0.075" "crop-min 0.08" "wd 1e-4"; do
-        try "${change// /_}_$loss" "$loss" --"${change% *}" "${change#* }"
+    for change in "" "--t 0.1" "--t 0.4" "--lr 0.3" "--lr 0.075" "--lr 0.0375" "--t 0.1 --lr 0.075" "--crop-min 0.08" \
+            "--wd 1e-4" "--gamma 0.5" "--gamma 0.2"; do
+        case $loss$change in cl*gamma*) continue ;; esac        # SimCLR has none
+        read -ra flags <<< "$change"
+        name=${loss}_start${change// /_}
+        echo "=> $name"
+        OUT=$out/$name DATA_NAME=folder DATA=$images SEEDS=1 BATCHES=64 LOSSES=$loss PROTOCOLS="cached knn" \
+            LINCLS="--workers 1 --precision bf16" bash scripts/cifar10_batch_size.sh --stem imagenet --workers 1 \
+            --precision bf16 --epochs 10 --warmup-epochs 1 --learning-rate-scaling sqrt "${start[@]}" "${flags[@]}" \
+            > "$out/$name.log"
     done
 done
-case ${LOSSES:-dcl} in *dcl*)
-    for gamma in 0.5 0.2; do
-        try "gamma_${gamma}_dcl" dcl --gamma "$gamma"
-    done
-esac
 "$python" scripts/collect_results.py "$out" | tee "$out/results.md"

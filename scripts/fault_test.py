@@ -10,7 +10,6 @@ some 20 seconds a kill. Exits with 1 where the results differ.
 
 import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sogclr import checkpoint
+from sogclr import checkpoint, distributed
 from sogclr.flags import Parser, number
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -36,9 +35,7 @@ class Run:
     """The two processes, started as by hand on two machines."""
 
     def __init__(self, data, folder, epochs):
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            url = f"tcp://localhost:{probe.getsockname()[1]}"
+        url = f"tcp://localhost:{distributed.free_port()}"
         flags = ["--data_name", "folder", "--data", data, "--arch", "resnet18", "--image-size", 32,
                  "--stem", "imagenet", "--batch-size", BATCH, "--epochs", epochs, "--workers", 2, "--seed", 1,
                  "--save_dir", folder, "--save-minutes", 0.005, "--print-freq", 1, "--resume", "auto",

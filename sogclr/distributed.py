@@ -97,7 +97,7 @@ def launch(main_worker, args):
             _start(main_worker, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://")
         elif args.multiprocessing_distributed or several_gpus:
             nodes, per_node = max(args.world_size, 1), max(gpus, 1)
-            url = args.dist_url or f"tcp://localhost:{_free_port()}"
+            url = args.dist_url or f"tcp://localhost:{free_port()}"
             if not args.rank > 0:
                 _require_free_port(url)
             why = "" if args.multiprocessing_distributed else ", one for each visible GPU (--gpu N takes one alone)"
@@ -159,7 +159,8 @@ def _check(args):
                          "and --dist-url tcp://HOST:PORT of rank 0")
 
 
-def _free_port():
+def free_port():
+    """The number of a port on this machine that nobody listens at now."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]

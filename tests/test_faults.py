@@ -6,7 +6,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -70,9 +69,7 @@ class TwoRanks:
     """`train.py` as two processes that a user has started by hand, `rank[0]` and `rank[1]`. A context."""
 
     def __init__(self, *flags, launcher=()):
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            url = f"tcp://localhost:{probe.getsockname()[1]}"
+        url = f"tcp://localhost:{distributed.free_port()}"
         command = [*launcher, sys.executable, ROOT / "train.py", *TINY, "--world-size", 2, "--dist-url", url, *flags,
                    "--rank"]
         env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "error"}

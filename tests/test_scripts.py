@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lincls
 import train
-from sogclr import loader
+from sogclr import distributed, loader
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = shlex.split("--arch resnet18 --image-size 32 --stem imagenet --batch-size 8 --workers 1 --print-freq 1")
@@ -84,7 +84,8 @@ def pretrained(imagenet, tmp_path_factory):
     """The output and the save folder of two epochs of the authors' command, at a size for a CPU."""
     folder = tmp_path_factory.mktemp("saved")
     command = shlex.split(PRETRAIN.replace("DIR2", str(folder)).replace("DIR", str(imagenet)))
-    return run("train.py", *command, *TINY, "--epochs", 2, "--seed", 5), folder
+    url = f"tcp://localhost:{distributed.free_port()}"      # theirs may be taken
+    return run("train.py", *command, *TINY, "--dist-url", url, "--epochs", 2, "--seed", 5), folder
 
 
 def test_the_authors_commands_are_the_defaults():
@@ -381,9 +382,7 @@ def test_flags_reach_the_model(imagenet, tmp_path, flags, changes):
 
 def test_two_processes_started_by_hand(imagenet, tmp_path):
     """--world-size, --rank and --dist-url must make two processes one run, without torchrun."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        url = f"tcp://localhost:{probe.getsockname()[1]}"
+    url = f"tcp://localhost:{distributed.free_port()}"
     command = [sys.executable, ROOT / "train.py", "--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path,
                "--world-size", 2, "--dist-url", url, "--dist-backend", "gloo", "--rank"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

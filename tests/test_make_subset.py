@@ -1,0 +1,57 @@
+"""A small part of a data set, as a folder."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts import make_subset
+from sogclr.shapes import Shapes
+
+
+def make(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["make_subset.py", *map(str, args)])
+    make_subset.main()
+
+
+def numbers(folder):
+    """{class: the numbers of its images in the data set}"""
+    return {part.name: {int(file.stem) for file in part.iterdir()} for part in folder.iterdir()}
+
+
+def test_held_out_images_are_other_training_images(tmp_path, monkeypatch):
+    """Both parts must be balanced and apart, hold the training split's pixels, and train be the same without it."""
+    shapes = ["--data_name", "shapes", "--train", 200, "--val", 100]
+    make(monkeypatch, tmp_path / "held", *shapes, "--held-out")
+    make(monkeypatch, tmp_path / "plain", *shapes)
+    train, held, val = (numbers(tmp_path / name) for name in ("held/train", "held/val", "plain/val"))
+    assert numbers(tmp_path / "plain" / "train") == train
+    for part, count in ((train, 20), (held, 10), (val, 10)):
+        assert {name: len(of_class) for name, of_class in part.items()} == dict.fromkeys(Shapes("train").classes, count)
+    assert all(train[name].isdisjoint(held[name]) for name in train)
+    for folder, split in (("held/train", "train"), ("held/val", "train"), ("plain/val", "val")):
+        for file in list((tmp_path / folder / "plain ring").iterdir())[:3]:
+            with Image.open(file) as image:
+                assert np.array_equal(np.asarray(image), Shapes(split).data[int(file.stem)])
+
+
+def test_image_files_are_linked(imagenet, tmp_path, monkeypatch):
+    """An image that is a file must be that very file, bytes and all."""
+    make(monkeypatch, tmp_path / "part", "--data_name", "imagenet1000", "--data", imagenet, "--train", 6, "--val", 3)
+    files = list((tmp_path / "part").rglob("*.JPEG"))
+    assert len(files) == 6 + 3
+    assert all(file.readlink().is_relative_to(imagenet) and file.parent.name == file.readlink().parent.name
+               for file in files)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--train", 20, "--val", 10], "--train, --val: 10 images are wanted of a split of 9, take fewer"),
+    (["--train", 20, "--val", 5, "--held-out"], "25 images are wanted of a split of 24, take fewer"),
+    (["--data", "nowhere"], "--data nowhere: no such folder")])
+def test_what_is_not_there_is_one_line(flags, message, imagenet, tmp_path, monkeypatch, capsys):
+    """Too many images, or no data set, must end with exit code 2 and leave nothing."""
+    with pytest.raises(SystemExit, match="2"):
+        make(monkeypatch, tmp_path / "part", "--data_name", "imagenet1000", "--data", imagenet, *flags)
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
