@@ -201,6 +201,10 @@ class Run:
         log(f"=> {args.data_name}: {num_images} training and {len(self.val_data.images)} validation images of "
             f"{image_size} pixels, {len(self.classes)} classes, seed {self.seed}"
             + ("" if args.evaluate else f", run folder {self.folder}"))
+        trained_at = (self.made_with["encoder"] or {}).get("image_size", image_size)
+        if trained_at != image_size:
+            log(f"=> note: the encoder was pretrained at {trained_at} pixels, "
+                f"--image-size {trained_at} evaluates it there")
 
     @torch.inference_mode()
     def encode(self, images):

@@ -452,6 +452,19 @@ def test_linear_evaluation(pretrained, imagenet, tmp_path, monkeypatch, capsys):
     assert "evaluates another encoder" in capsys.readouterr().err
 
 
+def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_path):
+    """The results must tell the pretraining's settings and seconds, and another image size must be pointed out."""
+    source = newest(pretrained[1], "checkpoint_0001.pth.tar")
+    command = ["--pretrained", source, "--data", imagenet, *TINY, "--knn", "--save_dir", tmp_path]
+    assert not any("pretrained at" in line for line in call(lincls, *command))
+    made, (results,) = (json.loads((source.parent / "results.json").read_text()), tmp_path.rglob("results.json"))
+    results = json.loads(results.read_text())
+    assert results["encoder"] == made["settings"]
+    assert 0 < results["pretraining_seconds"] <= made["seconds"] + 0.1
+    assert "=> note: the encoder was pretrained at 32 pixels, --image-size 32 evaluates it there" in \
+        call(lincls, *command, "--image-size", 40)
+
+
 def test_shapes_and_unlabelled_folders(imagenet, tmp_path):
     """`shapes` needs no data; `folder` needs no classes."""
     tiny = [*TINY, "--batch-size", 500, "--epochs", 1, "--save_dir", tmp_path]
