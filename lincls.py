@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from sogclr import InputError, Stopped, checkpoint, report
 from sogclr.augment import Normalize
-from sogclr.builder import choose_stem, encoder_state, load_encoder, resnet
+from sogclr.builder import choose_stem, encoder_state, load_encoder, memory_format, resnet
 from sogclr.classifiers import Classifiers
 from sogclr.distributed import (
     all_reduce_sum,
@@ -187,8 +187,8 @@ class Run:
         self.classifiers = Classifiers(self.num_features, len(self.classes), pairs).to(device)
         if pretrained:
             load_encoder(network, pretrained, source)
-        if device.type == "cuda" or args.finetune:      # as the crops lie; gradients should lie as their weights
-            network.to(memory_format=torch.channels_last)
+        # The crops are channels_last already, and gradients should lie as their weights.
+        network.to(memory_format=torch.channels_last if args.finetune else memory_format(device, dtype))
         if args.finetune and device.type == "cuda" and world_size() > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.encoder = Encoder(network, Normalize(self.train_data.mean, self.train_data.std), dtype).to(device)

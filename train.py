@@ -23,7 +23,7 @@ from torchvision.utils import make_grid
 
 from sogclr import InputError, Stopped, checkpoint, distributed, report
 from sogclr.augment import Augment, Normalize, pil_recipe
-from sogclr.builder import SimCLR, choose_stem, resnet
+from sogclr.builder import SimCLR, choose_stem, memory_format, resnet
 from sogclr.distributed import data_parallel, device_names, launch, log, set_seed, stop_requested, world_size
 from sogclr.features import Encoder, extract
 from sogclr.flags import Parser, add_shared_flags, non_defaults, number, resolve_precision
@@ -121,8 +121,7 @@ def main_worker(args, device):
         recipe = pil_recipe(data.image_size, args.crop_min, data.mean, data.std, data.blur)
     views = TwoViews(data, seed, args.crop_min, Augment.num_draws, args.bad_images, recipe)
     precision, dtype = resolve_precision(args.precision, device)
-    # How images and weights lie: a CPU's bf16 kernels want it as a GPU's do, its float32 kernels the other way.
-    layout = torch.contiguous_format if precision == "fp32" and device.type == "cpu" else torch.channels_last
+    layout = memory_format(device, dtype)
     augment = Augment(data.mean, data.std, data.blur, dtype, layout).to(device)
     loader = Loader(views, sampler, args.workers, device, augment)
     knn = knn_evaluation(args, data, device, dtype) if args.knn_freq else None

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sogclr import InputError, checkpoint
 from sogclr.augment import Augment, Normalize, pil_recipe
-from sogclr.builder import SimCLR, choose_stem, resnet
+from sogclr.builder import SimCLR, choose_stem, memory_format, resnet
 from sogclr.flags import ARCHITECTURES, Parser, number, resolve_precision
 from sogclr.loader import IMAGENET_MEAN_STD, EpochSampler, ImageSet, Loader, TwoViews, open_data_set, workers_per_rank
 from sogclr.loss import GlobalContrastiveLoss
@@ -110,10 +110,6 @@ def table(rows):
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
-def memory_layout():
-    return torch.channels_last if DEVICE.type == "cuda" else torch.contiguous_format
-
-
 def resident_view(args):
     """A view as the loader makes it, of random crops, on the device."""
     crops = torch.randint(0, 256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
@@ -127,8 +123,9 @@ class Training:
     def __init__(self, args, data):
         self.precision, self.dtype = resolve_precision(args.precision, DEVICE)
         encoder = resnet(args.arch, choose_stem(args.stem, data.image_size), zero_init_residual=True)
-        self.model = SimCLR(encoder).to(DEVICE, memory_format=memory_layout())
-        self.augment = Augment(data.mean, data.std, data.blur, self.dtype, memory_layout()).to(DEVICE)
+        layout = memory_format(DEVICE, self.dtype)
+        self.model = SimCLR(encoder).to(DEVICE, memory_format=layout)
+        self.augment = Augment(data.mean, data.std, data.blur, self.dtype, layout).to(DEVICE)
         self.criterion = GlobalContrastiveLoss(IMAGENET_IMAGES).to(DEVICE)
         self.optimizer = LARS(self.model.parameters(), lr=1e-3, weight_decay=1e-6)
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=self.precision == "fp16")
@@ -290,7 +287,7 @@ def benchmark_lincls(args):
     crops, _ = resident_view(args)
     normalize = Normalize(*IMAGENET_MEAN_STD).to(DEVICE)
     encoders = {}
-    for name, layout in (("ours", memory_layout()), ("plain", torch.contiguous_format)):
+    for name, layout in (("ours", memory_format(DEVICE, dtype)), ("plain", torch.contiguous_format)):
         encoder = resnet(args.arch, choose_stem(args.stem, args.image_size))
         encoder.fc = torch.nn.Identity()
         encoders[name] = encoder.requires_grad_(False).eval().to(DEVICE, memory_format=layout)
