@@ -16,4 +16,4 @@ mkdir -p "$OUT"
 export DATA_NAME=folder DATA=$images BATCHES=${BATCHES:-16 64 256} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export LINCLS="--workers 1 --precision bf16 ${LINCLS:-}" CLASSIC=${CLASSIC:---batch-size 256 --epochs 10 --lr 0.3}
 exec bash scripts/cifar10_batch_size.sh --stem imagenet --workers 1 --precision bf16 --epochs 15 --warmup-epochs 1 \
-    --learning-rate-scaling sqrt --lr 0.15 --t 0.1 --gamma 0.9 --crop-min 0.2 --wd 1e-6 "$@"
+    --learning-rate-scaling sqrt --lr 0.075 --t 0.1 --gamma 0.9 --crop-min 0.2 --wd 1e-6 "$@"
