@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A small batch does not harm: SimCLR (cl) and SogCLR (dcl) on CIFAR-10 at several batch sizes, everything else the same;
-# then linear evaluation, classic and of cached features at eight rates, and kNN; a table and a plot of all of them.
+# then linear evaluation, classic and of cached features, at eight rates each, and kNN; a table and a plot of all.
 # Needs: 1 GPU for all of it. LOSSES, BATCHES, SEEDS and PROTOCOLS choose a part; LINCLS holds further flags for
 # lincls.py, CLASSIC those for its classic protocol alone; OUT takes the runs, results.md and results.png. Not measured on
 # a GPU: the CPU-sized version is cifar10_batch_size_cpu.sh.
@@ -11,6 +11,7 @@ python=${PYTHON:-python3}
 out=${OUT:-saved_models/cifar10_batch_size}
 read -ra lincls <<< "${LINCLS:-}"
 read -ra classic <<< "${CLASSIC:-}"
+rates=(0.001 0.003 0.01 0.03 0.1 0.3 1 3)
 
 for seed in ${SEEDS:-1 2 3}; do
     for batch in ${BATCHES:-32 64 128 256 512}; do
@@ -24,8 +25,8 @@ for seed in ${SEEDS:-1 2 3}; do
             evaluate=("$python" lincls.py "${common[@]}" --pretrained "$checkpoint" "${lincls[@]}")
             for protocol in ${PROTOCOLS:-classic cached knn}; do
                 case $protocol in
-                    classic) "${evaluate[@]}" "${classic[@]}" ;;
-                    cached) "${evaluate[@]}" --features cached --lr 0.03 0.1 0.3 1 3 10 30 100 ;;
+                    classic) "${evaluate[@]}" --lr "${rates[@]}" "${classic[@]}" ;;
+                    cached) "${evaluate[@]}" --lr "${rates[@]}" --features cached ;;
                     knn) "${evaluate[@]}" --knn ;;
                     *) echo "PROTOCOLS: knows classic, cached and knn, not $protocol" >&2; exit 2 ;;
                 esac

@@ -14,6 +14,6 @@ mkdir -p "$OUT"
 [ -d "$images" ] || "${PYTHON:-python3}" scripts/make_subset.py "$images" --data_name "${DATA_NAME:-cifar10}" \
     --data "${DATA:-data/cifar10}"
 export DATA_NAME=folder DATA=$images BATCHES=${BATCHES:-16 64 256} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export LINCLS="--workers 1 --precision bf16 ${LINCLS:-}" CLASSIC=${CLASSIC:---batch-size 256 --epochs 10 --lr 0.3 1 3 10 30}
+export LINCLS="--workers 1 --precision bf16 ${LINCLS:-}" CLASSIC=${CLASSIC:---batch-size 256 --epochs 10}
 exec bash scripts/cifar10_batch_size.sh --stem imagenet --workers 1 --precision bf16 --epochs 12 --warmup-epochs 1 \
     --learning-rate-scaling sqrt --lr 0.075 --t 0.1 --gamma 0.9 --crop-min 0.2 --wd 1e-6 "$@"
