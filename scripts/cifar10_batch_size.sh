@@ -4,9 +4,16 @@
 # Needs: 1 GPU for all of it. LOSSES, BATCHES, SEEDS and PROTOCOLS choose a part; LINCLS holds further flags for
 # lincls.py, CLASSIC those for its classic protocol alone; OUT takes the runs, results.md and results.png. Not measured on
 # a GPU: the CPU-sized version is cifar10_batch_size_cpu.sh.
-# Arguments are appended to train.py's, so any flag can be overridden. The same command continues where it was cut off.
+# Arguments are appended to train.py's, so its other flags can be overridden; other settings want another OUT. The same
+# command continues where it was cut off.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+for flag in "$@"; do
+    case $flag in --arch* | -a | --image-size* | --batch-size* | -b | --seed* | --loss_type* | --save_dir* | --data*)
+        echo "$0: error: $flag: is the script's own, see its head for LOSSES, BATCHES, SEEDS, OUT and DATA" >&2
+        exit 2 ;;
+    esac
+done
 python=${PYTHON:-python3}
 out=${OUT:-saved_models/cifar10_batch_size}
 read -ra lincls <<< "${LINCLS:-}"
@@ -21,8 +28,12 @@ for seed in ${SEEDS:-1 2 3}; do
                     --seed "$seed" --workers 16 --save_dir "$runs" --resume auto --print-freq 100)
             "$python" train.py "${common[@]}" --loss_type "$loss" --batch-size "$batch" --epochs 200 --lr 1.0 \
                 --learning-rate-scaling linear --wd 1e-4 --t 0.3 --gamma 0.9 --save-freq 1000 "$@"
-            checkpoint=$(ls "$runs"/*_bz_"$batch"_*/checkpoint_last.pth.tar)
-            evaluate=("$python" lincls.py "${common[@]}" --pretrained "$checkpoint" "${lincls[@]}")
+            checkpoint=("$runs"/*_bz_"$batch"_*/checkpoint_last.pth.tar)
+            if [ ${#checkpoint[@]} != 1 ]; then
+                echo "$0: error: $runs: holds runs with other settings too, name another OUT" >&2
+                exit 2
+            fi
+            evaluate=("$python" lincls.py "${common[@]}" --pretrained "${checkpoint[0]}" "${lincls[@]}")
             for protocol in ${PROTOCOLS:-classic cached knn}; do
                 case $protocol in
                     classic) "${evaluate[@]}" --lr "${rates[@]}" "${classic[@]}" ;;

@@ -2,9 +2,9 @@
 # Which settings? From a starting point one setting at a time is changed, for SimCLR and SogCLR alike, at batch 64 on
 # 5,000 training images of CIFAR-10, and judged on 5,000 other *training* images (cached features, and kNN): no test
 # image is looked at. What came of it stands in the README and in cifar10_batch_size_cpu.sh.
-# Needs: no GPU, but 4 minutes a run on one core. LOSSES=cl and LOSSES=dcl in two shells use two cores, once the first
-# has made the images. DATA takes CIFAR-10 (DATA_NAME=folder: as DATA/train/<class>/); OUT takes the runs and
-# results.md. The same command continues where it was cut off.
+# Needs: no GPU, but about 5 minutes a run on one core. LOSSES=cl and LOSSES=dcl in two shells use two cores, the second
+# started when the first has made the images. DATA takes CIFAR-10 (DATA_NAME=folder: as DATA/train/<class>/); OUT takes
+# the runs and results.md. The same command continues where it was cut off.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

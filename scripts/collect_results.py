@@ -4,7 +4,8 @@
     python scripts/collect_results.py FOLDER [--png FILE]
 
 Runs that differ in the seed alone are one row: mean and standard deviation over all seeds that are there. Beside loss
-and batch size, each setting of the pretraining in which the runs differ has a column.
+and batch size, each setting of the pretraining in which the runs differ has a column. Accuracies are those of the last
+epoch; where classifiers of several learning rates were trained, the best of them stands for the run.
 """
 
 import json
@@ -19,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sogclr import InputError
 from sogclr.flags import Parser
-from train import METHOD_FLAGS
+from train import METHOD_FLAGS, PARSER
 
-CLASSIC, MINUTES = "linear evaluation", "minutes"
+MINUTES = "minutes"
 LOSSES = {"cl": ("SimCLR", (200, 80, 40)), "dcl": ("SogCLR", (40, 90, 180))}        # name and colour
 
 
@@ -42,18 +43,21 @@ def read(folder):
         if "knn_acc1" in results:
             values = {f"kNN-{k}": acc1 for k, acc1 in results["knn_acc1"].items()}
         else:
-            values = {results["protocol"]: results["classifiers"][results["chosen"]]["acc1"]}
+            classifiers = results["classifiers"]
+            values = {results["protocol"] + f", best of {len(classifiers)} rates" * (len(classifiers) > 1):
+                      max(score["acc1"] for score in classifiers if score["acc1"] is not None)}
         runs.append((file, encoder, values, results.get("pretraining_seconds")))
-        made_by.add((results["commit"], results["device"], results["versions"]["torch"]))
+        commit = results["commit"] or "unknown"
+        made_by.add((commit + " (changed)" * (not results["clean"]), results["device"], results["versions"]["torch"]))
     if not runs:
         raise InputError(f"{folder}: holds no results.json of a pretrained encoder, run lincls.py first")
 
     names = ["loss_type", "batch_size"]
     names += [name for name in METHOD_FLAGS if name not in (*names, "seed")
-              and len({str(encoder.get(name)) for _, encoder, _, _ in runs}) > 1]
+              and len({setting(encoder, name) for _, encoder, _, _ in runs} - {None}) > 1]
     table = {}
     for file, encoder, values, seconds in runs:
-        row = table.setdefault(tuple(encoder.get(name) for name in names), {})
+        row = table.setdefault(tuple(setting(encoder, name) for name in names), {})
         for column, value in values.items():
             seeds = row.setdefault(column, {})
             if encoder["seed"] in seeds:
@@ -64,9 +68,16 @@ def read(folder):
     return names, table, made_by
 
 
-def _order(entry):
-    """Of the table's rows: by loss, then by numbers; None, of files without that setting, stands apart."""
-    return [(type(value).__name__, value) for value in entry[0]]
+def setting(encoder, name):
+    """A setting of the pretraining, None where it had no say in it."""
+    idle = (name.startswith("gamma") and encoder["loss_type"] == "cl") or (
+        name == "gamma_decay_epochs" and encoder.get("gamma_schedule") != "cosine")
+    return None if idle else encoder.get(name)
+
+
+def in_order(table):
+    """The table's entries by their settings. None, which does not compare with numbers, comes first."""
+    return sorted(table.items(), key=lambda entry: [(value is not None, value) for value in entry[0]])
 
 
 def mean_and_deviation(values):
@@ -74,12 +85,13 @@ def mean_and_deviation(values):
 
 
 def markdown(names, table):
-    """A row for each setting, a column for each protocol, and the minutes that its pretraining took."""
+    """A row for each of the settings, a column for each protocol, and the minutes that the pretraining took."""
     columns = sorted({column for row in table.values() for column in row}, key=lambda name: (name == MINUTES, name))
-    heads = ["loss", "batch", *(f"`--{name.replace('_', '-')}`" for name in names[2:]), *columns, "seeds"]
+    flags = {action.dest: action.option_strings[-1] for action in PARSER._actions}
+    heads = ["loss", "batch", *(f"`{flags[name]}`" for name in names[2:]), *columns, "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for (loss, *settings), row in sorted(table.items(), key=_order):
-        cells = [LOSSES[loss][0], *map(str, settings)]
+    for (loss, *settings), row in in_order(table):
+        cells = [LOSSES[loss][0], *("" if value is None else str(value) for value in settings)]
         for values in (list(row.get(column, {}).values()) for column in columns):
             mean, deviation = mean_and_deviation(values) if values else (None, None)
             cells.append(f"{mean:.2f} ± {deviation:.2f}" if len(values) > 1 else f"{mean:.2f}" if values else "")
@@ -91,7 +103,7 @@ def markdown(names, table):
 def plot(table, protocol, file, width=640, height=400):
     """Acc@1 over the batch size, a line for each loss, its bars one standard deviation long to each side."""
     lines = {}      # {loss: {batch size: (mean, deviation)}}
-    for (loss, batch), row in sorted(table.items(), key=_order):
+    for (loss, batch), row in in_order(table):
         if protocol in row:
             lines.setdefault(loss, {})[batch] = mean_and_deviation(row[protocol].values())
     points = [point for line in lines.values() for point in line.values()]
@@ -130,21 +142,20 @@ def plot(table, protocol, file, width=640, height=400):
 def main():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to look, at any depth")
-    parser.add_argument("--png", metavar="FILE", help="also draw the classic protocol, or else the first column, there")
+    parser.add_argument("--png", metavar="FILE", help="also draw the classic linear protocol there, or else another")
     args = parser.parse_args()
     try:
         names, table, made_by = read(args.folder)
-        if args.png and len(names) > 2:
-            raise InputError(f"--png: draws runs that differ in loss, batch size and seed, "
-                             f"not in {', '.join(names[2:])}")
     except InputError as error:
         parser.error(str(error))
     print(markdown(names, table))
-    for commit, device, version in sorted(made_by, key=str):
-        print(f"\nEvaluated at commit {commit or 'unknown'}, on {device}, torch {version}.")
+    for commit, device, version in sorted(made_by):
+        print(f"\nEvaluated at commit {commit}, on {device}, torch {version}.")
+    if args.png and len(names) > 2:
+        parser.error(f"--png: draws runs that differ in loss, batch size and seed, not in {', '.join(names[2:])}")
     if args.png:
-        protocols = sorted({column for row in table.values() for column in row if column != MINUTES})
-        plot(table, CLASSIC if CLASSIC in protocols else protocols[0], args.png)
+        protocols = {column for row in table.values() for column in row if column != MINUTES}
+        plot(table, min(protocols, key=lambda name: ("linear" not in name, "cached" in name, name)), args.png)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ files are linked, others are written as PNG.
 """
 
 import os
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,18 @@ from sogclr.loader import open_data_set
 from sogclr.subset import balanced_indices
 
 
-def first(images, n):
-    """The first n images of a fixed class-balanced draw, [n] ascending. Those of a larger n hold those of a smaller."""
-    if n > len(images):
-        raise InputError(f"--train, --val: {n} images are wanted of a split of {len(images)}, take fewer")
-    return balanced_indices(images.targets, 100 * n / len(images), seed=0)
+def draw(images, n, but=()):
+    """n indices of a fixed class-balanced draw, ascending; others than `but`, which are the first of the same draw.
+
+    Raises InputError where there are too few images, or n is too small for one of each class.
+    """
+    if n + len(but) > len(images):
+        raise InputError(f"--train, --val: {n + len(but)} images are wanted of a split of {len(images)}, take fewer")
+    indices = np.setdiff1d(balanced_indices(images.targets, 100 * (n + len(but)) / len(images), seed=0), but)
+    classes = len(np.unique(images.targets))
+    if len(indices) != n or len(np.unique(np.asarray(images.targets)[indices])) < classes:
+        raise InputError(f"--train, --val: {n} images cannot hold one of each of the {classes} classes, take more")
+    return indices
 
 
 def write(images, indices, folder):
@@ -37,8 +44,8 @@ def write(images, indices, folder):
         target = folder / images.classes[images.targets[i]] / f"{i:08d}"
         target.parent.mkdir(parents=True, exist_ok=True)
         if hasattr(images, "path"):
-            source = Path(os.fsdecode(images.path(i))).resolve()
-            target.with_suffix(source.suffix).symlink_to(source)
+            source = Path(os.fsdecode(images.path(i)))
+            target.with_suffix(source.suffix).symlink_to(source.resolve())
         else:
             images[i][0].save(target.with_suffix(".png"))
 
@@ -52,23 +59,26 @@ def main():
     parser.add_argument("--val", default=5000, type=number(int, "[1, inf)"), metavar="N", help="validation images")
     parser.add_argument("--held-out", action="store_true", help="take the validation images from the training split")
     args = parser.parse_args()
-    part = args.folder.with_name(args.folder.name + ".part")
     try:
         if args.folder.exists():
             raise InputError(f"{args.folder}: exists, name a new folder")
         train = open_data_set(args.data_name, args.data, "train").images
-        train_indices = first(train, args.train)
+        train_indices = draw(train, args.train)
         if args.held_out:
-            val, val_indices = train, np.setdiff1d(first(train, args.train + args.val), train_indices)
+            val, val_indices = train, draw(train, args.val, but=train_indices)
         else:
             val = open_data_set(args.data_name, args.data, "val").images
-            val_indices = first(val, args.val)
+            val_indices = draw(val, args.val)
+        # Under another name until it is whole, and one of its own, in case two of these run at once.
+        with tempfile.TemporaryDirectory(dir=args.folder.absolute().parent, prefix=args.folder.name) as part:
+            whole = Path(part) / "whole"
+            write(train, train_indices, whole / "train")
+            write(val, val_indices, whole / "val")
+            whole.rename(args.folder)
     except InputError as error:
         parser.error(str(error))
-    shutil.rmtree(part, ignore_errors=True)     # of an earlier call that was cut off
-    write(train, train_indices, part / "train")
-    write(val, val_indices, part / "val")
-    part.rename(args.folder)
+    except OSError as error:
+        parser.error(f"{args.folder}: cannot be written: {error.strerror}")
     print(f"=> {args.folder}: {len(train_indices)} training images, {len(val_indices)} validation images"
           + " held out of the training split" * args.held_out)
 

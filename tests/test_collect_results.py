@@ -16,14 +16,15 @@ def runs(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(results))
 
-    made_by = {"commit": "abc", "device": "CPU", "versions": {"torch": "2.x"}}
+    made_by = {"commit": "abc", "clean": True, "device": "CPU", "versions": {"torch": "2.x"}}
     for loss, batch, seed, acc1 in (("cl", 64, 1, 70.0), ("cl", 64, 2, 72.0), ("dcl", 64, 1, 75.0),
                                     ("dcl", 256, 1, 76.0), ("dcl", 256, 2, 77.0)):
-        encoder, name = {"loss_type": loss, "batch_size": batch, "seed": seed, "t": 0.1}, f"{loss}_{batch}_{seed}"
+        encoder, name = {"loss_type": loss, "batch_size": batch, "seed": seed, "t": 0.1,
+                         "gamma": 0.9 if loss == "dcl" else 0.5, "gamma_schedule": "constant"}, f"{loss}_{batch}_{seed}"
         common = {"encoder": encoder, "pretraining_seconds": 60 * batch, **made_by}
-        write(name, protocol="linear evaluation", chosen=1, classifiers=[{"acc1": 1}, {"acc1": acc1}], **common)
+        write(name, protocol="linear evaluation", classifiers=[{"acc1": 1}, {"acc1": acc1}, {"acc1": None}], **common)
         write(name + "_knn", protocol="kNN evaluation", knn_acc1={"20": acc1 - 10, "200": acc1 - 20}, **common)
-    write("random", encoder=None, protocol="linear evaluation", chosen=0, classifiers=[{"acc1": 30}])
+    write("random", encoder=None, protocol="linear evaluation", classifiers=[{"acc1": 30}])
     write("training", loss=0.5)
     return tmp_path
 
@@ -35,9 +36,11 @@ def collect(monkeypatch, capsys, *args):
 
 
 def test_mean_and_deviation_over_seeds(runs, monkeypatch, capsys):
-    """Each seed counts once, the chosen classifier stands for its run, and nothing else is mixed in."""
+    """Each seed counts once, and the best classifier stands for its run; nothing else is mixed in, and settings that
+    SimCLR has no use for do not tell runs apart.
+    """
     assert collect(monkeypatch, capsys, runs) == [
-        "| loss | batch | kNN-20 | kNN-200 | linear evaluation | minutes | seeds |",
+        "| loss | batch | kNN-20 | kNN-200 | linear evaluation, best of 3 rates | minutes | seeds |",
         "|---|---|---|---|---|---|---|",
         "| SimCLR | 64 | 61.00 ± 1.41 | 51.00 ± 1.41 | 71.00 ± 1.41 | 64.00 ± 0.00 | 1, 2 |",
         "| SogCLR | 64 | 65.00 | 55.00 | 75.00 | 64.00 | 1 |",
@@ -57,7 +60,9 @@ def test_settings_that_differ_have_columns(runs, monkeypatch, capsys):
     assert [line.split(" | ")[:3] for line in lines[2:4]] == [["| SimCLR", "64", "0.1"], ["| SimCLR", "64", "0.5"]]
     with pytest.raises(SystemExit, match="2"):
         collect(monkeypatch, capsys, runs, "--png", runs / "plot.png")
-    assert "not in t" in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert "not in t" in output.err
+    assert output.out.splitlines() == lines
 
 
 def test_plot(runs, monkeypatch, capsys):

@@ -98,6 +98,24 @@ class TwoRanks:
         return [(*process.communicate(timeout=60), process.returncode) for process in self.rank]
 
 
+def test_torchrun_starts_again_what_has_died(imagenet, tmp_path):
+    """When a rank is killed under the torchrun recipe, both must meet again and continue, and the command end well."""
+    env = os.environ | {"PYTHON": sys.executable, "GPUS": "2", "DATA": str(imagenet), "SAVE_DIR": str(tmp_path),
+                        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", ROOT / "scripts" / "pretrain_imagenet1k_torchrun.sh", *TINY, "--epochs", 5]
+    with subprocess.Popen(list(map(str, command)), env=env, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) as run:
+        for line in run.stdout:
+            if line.startswith("Epoch: [2]"):
+                break
+        (lock,) = tmp_path.rglob("lock")        # rank 0 has written its number into it
+        os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)
+        after = run.communicate(timeout=120)[0]
+    assert run.returncode == 0
+    assert "=> resumed" in after
+    assert load(tmp_path)["epoch"] == 5
+
+
 def test_two_ranks_stopped_and_killed_equal_undisturbed(imagenet, tmp_path):
     """A signal to one rank must stop both; a killed rank must be named by the other, which must not hang; and what
     `--resume auto` makes of it must be the undisturbed run, bit by bit.
