@@ -40,9 +40,9 @@ from sogclr.distributed import (
     world_size,
 )
 from sogclr.features import CachedFeatures, Encoder, FreshFeatures, extract
-from sogclr.flags import Parser, add_shared_flags, non_defaults, number, resolve_precision
+from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, resolve_precision
 from sogclr.knn import knn_accuracy
-from sogclr.loader import EpochSampler, Labelled, Loader, open_data_set
+from sogclr.loader import EpochSampler, Labelled, Loader, fingerprint, open_data_set
 from sogclr.meters import AverageMeter, Progress, correct_in_top
 from sogclr.optimizer import lr_at
 from sogclr.subset import Subset, balanced_indices
@@ -58,9 +58,12 @@ EMBEDDED = 1000     # validation images in TensorBoard's projector
 
 def build_parser():
     parser = Parser("Evaluation of a pretrained encoder: linear (the default), by nearest neighbours, or fine-tuned")
-    groups = add_shared_flags(parser, batch_size=1024, epochs=90, lr=0.1, weight_decay=0.0, several=True)
+    groups = add_shared_flags(
+        parser, batch_size=1024, epochs=90, lr=0.1, weight_decay=0.0, momentum_of="SGD", several=True,
+        lr_help="base learning rate, times B / 256")
     groups["model"].add_argument("--pretrained", default="", metavar="PATH",
-                       help="checkpoint of train.py, or the authors' (default: none, a random encoder)")
+                       help="checkpoint of train.py, of the authors' release, MoCo, SimSiam, Lightning or torchvision "
+                            "(default: none, a random encoder)")
     protocol = parser.add_argument_group("protocol", "Without any of these: the linear evaluation of MoCo.")
     protocol.add_argument("--features", default="augmented", choices=("augmented", "cached"),
                           help="of the frozen encoder: augmented are those of new random crops in each epoch, the "
@@ -127,13 +130,13 @@ def run_folder(args):
         source = Path(args.pretrained).resolve()
         encoder, part = source.parent.name, source.name.split(".")[0]
     else:
-        encoder, part = f"{args.data_name}_{args.arch}_random", "init"
+        encoder, part = f"{data_label(args)}_{args.arch}_random", "init"
     lrs, decays = (",".join(f"{value:g}" for value in dict.fromkeys(values))
                    for values in zip(*grid(args), strict=True))
     how = f"bz_{args.batch_size}_E{args.epochs}_lr_{lrs}_wd_{decays}_m_{args.momentum:g}" if not args.knn else "knn"
     return (Path(args.save_dir) / f"linear_eval_{encoder}"
-            / (f"{part}_{how}" + non_defaults(PARSER, args, ("data_name", "stem", "image_size", "precision", "seed",
-                                                             *PROTOCOL_FLAGS))))
+            / (f"{part}_{how}_data_{data_label(args)}"
+               + non_defaults(PARSER, args, ("stem", "image_size", "precision", "seed", *PROTOCOL_FLAGS))))
 
 
 def main_worker(args, device):
@@ -162,11 +165,12 @@ class Run:
 
         # The run's folder, and the checkpoint to continue from, whose seed goes on unless another is given.
         self.folder = run_folder(args)
-        pretrained, self.made_with, source, self.resume, self.saved = open_checkpoints(args, self.folder)
+        pretrained, self.pretraining, source, self.resume, self.saved = open_checkpoints(args, self.folder)
         self.seed = set_seed(args, self.saved)
+        images = f"{fingerprint(self.train_data.images)}, and for validation {fingerprint(self.val_data.images)}"
         if args.train_percent < 100:
-            images = self.train_data.images
-            few = Subset(images, balanced_indices(images.targets, args.train_percent, self.seed))
+            all_images = self.train_data.images
+            few = Subset(all_images, balanced_indices(all_images.targets, args.train_percent, self.seed))
             self.train_data = dataclasses.replace(self.train_data, images=few)
             if rank() == 0 and not args.evaluate:
                 few.write_list(self.folder / "train_subset.txt")
@@ -195,13 +199,14 @@ class Run:
         self.encoder.requires_grad_(args.finetune).eval()   # frozen BatchNorm too: its statistics are the encoder's
 
         self.settings = vars(args) | {"seed": self.seed, "precision": precision, "stem": stem, "image_size": image_size,
+                                      "images": images,
                                       "encoder_lr": (args.encoder_lr or args.lr / 10) if args.finetune else None}
         log(f"=> {protocol(args)} of {args.pretrained or self.resume or 'a random encoder'} "
             f"({args.arch}, {stem} stem, {precision}), on {device_names(device)}")
         log(f"=> {args.data_name}: {num_images} training and {len(self.val_data.images)} validation images of "
             f"{image_size} pixels, {len(self.classes)} classes, seed {self.seed}"
             + ("" if args.evaluate else f", run folder {self.folder}"))
-        trained_at = (self.made_with["encoder"] or {}).get("image_size", image_size)
+        trained_at = (self.pretraining["encoder"] or {}).get("image_size", image_size)
         if trained_at != image_size:
             log(f"=> note: the encoder was pretrained at {trained_at} pixels, "
                 f"--image-size {trained_at} evaluates it there")
@@ -218,10 +223,12 @@ class Run:
                       self.device)
 
     def write_results(self, path, **measured):
-        """The run's record for machines; `encoder` holds the settings of its pretraining, None where it is not ours."""
+        """The run's record for machines; `encoder` holds the settings of its pretraining where --pretrained names a
+        checkpoint of train.py, else None.
+        """
         log(f"=> {path}" + ": replaces that of an earlier run" * path.exists())
         report.write_json(path, {
-            "protocol": protocol(self.args), "pretrained": self.args.pretrained or None, **self.made_with,
+            "protocol": protocol(self.args), "pretrained": self.args.pretrained or None, **self.pretraining,
             **measured, "classes": len(self.classes), "train_images": len(self.train_data.images),
             "val_images": len(self.val_data.images), "seconds": round(time.perf_counter() - self.started, 1),
             "settings": self.settings, **report.surroundings(self.device)})
@@ -302,6 +309,7 @@ def train(run):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr
             shown = classifiers.chosen      # of several, in the progress lines
+            of_which = f"  (the best so far of {len(classifiers)}: {classifiers.names[shown]})"
             meters = [(AverageMeter("Loss", ".4f"), AverageMeter("Acc@1", ".2f")) for _ in classifiers]
             steps, first_step = len(order), start_step if epoch == start_epoch else 0
             progress = Progress(epoch, steps, args.batch_size, (args.epochs - epoch) * steps - first_step)
@@ -323,7 +331,8 @@ def train(run):
                     top1.update(100 * correct_in_top(output, target, (1,))[0] / max(len(target), 1), len(target))
                 progress.stepped()
                 if step % args.print_freq == 0:
-                    log(progress.line(step, [*meters[shown], f"LR {lrs[shown]:.4g}"]), live=progress.live)
+                    log(progress.line(step, [*meters[shown], f"LR {lrs[shown]:.4g}" + of_which * several]),
+                        live=progress.live)
                 stop = stop_requested()         # the same on all ranks
                 if step + 1 < steps and (stop or writer.is_due()):      # after the last step the epoch's own save comes
                     check_finite(run, epoch)
@@ -422,17 +431,19 @@ def open_checkpoints(args, folder):
     if args.pretrained:
         loaded = checkpoint.load(args.pretrained, "--pretrained")
         pretrained = read_encoder(loaded, source, args)
-    made_with = {"encoder": loaded.get("settings"), "pretraining_seconds": loaded.get("seconds")}
+    settings, pretraining = loaded.get("settings"), {"encoder": None, "pretraining_seconds": None}
+    if isinstance(settings, dict) and "loss_type" in settings:      # train.py's, not a classifier's or somebody else's
+        pretraining = {"encoder": settings, "pretraining_seconds": loaded.get("seconds")}
     if args.evaluate and args.resume != "auto":
         resume, saved = args.resume, checkpoint.load(args.resume, "--resume", CHECKPOINT_KEYS)
     else:
-        resume, saved = checkpoint.open_run(folder, "auto" if args.knn else args.resume, CHECKPOINT_KEYS)
+        resume, saved = checkpoint.open_run(folder, "" if args.knn else args.resume, CHECKPOINT_KEYS)
     if args.evaluate and not resume:
         raise InputError(f"-e/--evaluate: {folder} holds no run yet, give a checkpoint with --resume PATH")
     if saved:
         source = f"--resume {resume}"
         pretrained = same_encoder(read_encoder(saved, source, args), pretrained, saved, source, args)
-    return pretrained, made_with, source, resume, saved
+    return pretrained, pretraining, source, resume, saved
 
 
 def read_encoder(saved, source, args):
@@ -484,6 +495,7 @@ def restore(run, optimizer=None, scaler=None):
         if made_with:       # files from before these flags were made with their defaults
             made_with = {name: PARSER.get_default(name) for name in PROTOCOL_FLAGS} | made_with
         PARSER.require_same(made_with, {name: run.settings[name] for name in METHOD_FLAGS}, source)
+        checkpoint.require_same_images(made_with, run.settings, source)
     run.classifiers.restore(saved, head, source)
     if optimizer:
         try:

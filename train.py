@@ -12,6 +12,7 @@ Two machines of 8 GPUs:
 """
 
 import copy
+import os
 import resource
 import sys
 import time
@@ -24,16 +25,25 @@ from torchvision.utils import make_grid
 from sogclr import InputError, Stopped, checkpoint, distributed, report
 from sogclr.augment import Augment, Normalize, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, memory_format, resnet
-from sogclr.distributed import data_parallel, device_names, launch, log, set_seed, stop_requested, world_size
+from sogclr.distributed import (
+    broadcast_int,
+    data_parallel,
+    device_names,
+    launch,
+    log,
+    set_seed,
+    stop_requested,
+    world_size,
+)
 from sogclr.features import Encoder, extract
-from sogclr.flags import Parser, add_shared_flags, non_defaults, number, resolve_precision
+from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, resolve_precision
 from sogclr.knn import knn_accuracy
-from sogclr.loader import EpochSampler, Labelled, Loader, TwoViews, open_data_set
-from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, gamma_at
+from sogclr.loader import EpochSampler, Labelled, Loader, TwoViews, fingerprint, open_data_set
+from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, alignment_and_uniformity, gamma_at
 from sogclr.meters import AverageMeter, LossWatch, Progress
 from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
 
-DRY_STEPS = 12      # of --dry-run
+DRY_STEPS, DRY_SECONDS = 12, 60     # of --dry-run, but two steps at least
 METHODS = {"dcl": "sogclr", "cl": "simclr"}
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")
 # What a resumed run must share with its checkpoint: all that decides the numbers.
@@ -45,7 +55,9 @@ METHOD_FLAGS = ("data_name", "arch", "stem", "dim", "mlp_dim", "num_proj_layers"
 
 def build_parser():
     parser = Parser("SogCLR pretraining")
-    groups = add_shared_flags(parser, batch_size=256, epochs=800, lr=0.075, weight_decay=1e-6)
+    groups = add_shared_flags(
+        parser, batch_size=256, epochs=800, lr=0.075, weight_decay=1e-6, momentum_of="LARS",
+        lr_help="base learning rate: times the square root of the batch size, or as --learning-rate-scaling says")
     optim, model = groups["optimization"], groups["model"]
     optim.add_argument("--learning-rate-scaling", default="sqrt", choices=("sqrt", "linear"),
                        help="peak learning rate: sqrt is lr * sqrt(B), linear is lr * B / 256")
@@ -87,8 +99,7 @@ def build_parser():
 
 def run_name(args):
     """The run folder's name, made of the settings, so that the same command finds its own run again."""
-    data = args.data_name if args.data_name != "folder" else f"folder-{Path(args.data or 'data/folder').resolve().name}"
-    name = (f"{data}_{args.arch}_{METHODS[args.loss_type]}-{args.dim}-{args.mlp_dim}_bz_{args.batch_size}"
+    name = (f"{data_label(args)}_{args.arch}_{METHODS[args.loss_type]}-{args.dim}-{args.mlp_dim}_bz_{args.batch_size}"
             f"_E{args.epochs}_WR{args.warmup_epochs}_lr_{args.lr:g}_{args.learning_rate_scaling}"
             f"_wd_{args.weight_decay:g}_t_{args.t:g}_g_{args.gamma:g}_m_{args.momentum:g}_{args.optimizer}")
     return name + non_defaults(PARSER, args, ("num_proj_layers", "crop_min", "stem", "image_size", "precision",
@@ -144,12 +155,14 @@ def main_worker(args, device):
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     settings = vars(args) | {"seed": seed, "precision": precision, "stem": stem, "image_size": data.image_size,
-                             "gamma_decay_epochs": args.gamma_decay_epochs or max(args.epochs // 2, 1)}
+                             "gamma_decay_epochs": args.gamma_decay_epochs or max(args.epochs // 2, 1),
+                             "images": fingerprint(data.images)}
     start_epoch, start_step = 0, 0
     if resume:
-        PARSER.require_same(saved.get("settings", {}), {name: settings[name] for name in METHOD_FLAGS},
-                            f"--resume {resume}")
+        made_with, source = saved.get("settings", {}), f"--resume {resume}"
+        PARSER.require_same(made_with, {name: settings[name] for name in METHOD_FLAGS}, source)
         start_epoch, start_step = restore(saved, resume, args, model, criterion, optimizer, scaler)
+        checkpoint.require_same_images(made_with, settings, source)
     if args.start_epoch is not None:
         start_epoch, start_step = args.start_epoch, 0
     steps = len(loader)
@@ -164,20 +177,24 @@ def main_worker(args, device):
         return whole
 
     def seconds():
-        """That the run has taken so far, over all its starts; what was lost between a save and a kill is not in it."""
-        return saved.get("seconds", 0.0) + time.perf_counter() - started
-
-    log(f"=> {METHODS[args.loss_type]} on {args.data_name}: {num_images} images of {data.image_size} pixels, "
-        f"{steps} steps an epoch, epochs {start_epoch} to {args.epochs - 1}")
-    log(f"=> {args.arch} with {stem} stem, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"{precision}, seed {seed}, on {device_names(device)}")
-    log(f"=> global batch {args.batch_size} ({args.batch_size // ranks} a rank), "
-        f"peak learning rate {peak_lr:g}, run folder {folder}")
-    log("=> all settings: " + ", ".join(f"{name} {settings[name]}" for name in METHOD_FLAGS))
+        """How long the run has taken, over all its starts, without what was lost between a save and a kill; None where
+        its checkpoint does not say.
+        """
+        before = saved.get("seconds") if saved else 0.0
+        return None if before is None else round(before + time.perf_counter() - started, 1)
 
     if start_epoch >= args.epochs:
         log(f"=> nothing to do: {resume} has all {args.epochs} epochs")
         return
+    log(f"=> {METHODS[args.loss_type]} on {num_images} images of {data.image_size} pixels ({args.data_name}"
+        + (f" in {os.fsdecode(data.images.root)}" if hasattr(data.images, "root") else "")
+        + f"), {steps} steps an epoch, epochs {start_epoch} to {args.epochs - 1}")
+    log(f"=> {args.arch} with {stem} stem, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"{precision}, seed {seed}, on {device_names(device)}")
+    log(f"=> global batch {args.batch_size} ({args.batch_size // ranks} a rank), "
+        f"peak learning rate {peak_lr:g}, run folder {folder}")
+    log("=> what decides the numbers: " + ", ".join(f"{name} {settings[name]}" for name in METHOD_FLAGS))
+
     if args.warmup_epochs >= args.epochs:
         log(f"=> the warm-up ({args.warmup_epochs} epochs) is as long as the run: the peak is not reached")
 
@@ -185,6 +202,8 @@ def main_worker(args, device):
     record = {"command": sys.argv, "settings": settings, **report.surroundings(device)}
     if not args.dry_run:
         report.write_json(folder / "settings.json", record)
+    else:
+        log(f"=> dry run: at most {DRY_STEPS} steps or {DRY_SECONDS} seconds of them, and nothing is written")
     watch = LossWatch(device, f"--lr {args.lr:g}: try a smaller one, a longer --warmup-epochs or --precision fp32")
     print_freq, knn_acc1 = 1 if args.dry_run else args.print_freq, {}
 
@@ -214,14 +233,13 @@ def main_worker(args, device):
                 scaler.update()
 
                 losses.update(loss.detach())
+                gcl.update(criterion.gcl())
                 progress.stepped()
                 if step % print_freq == 0:
-                    diagnostics = criterion.diagnostics()
-                    gcl.update(diagnostics["gcl"])
                     log(progress.line(step, [losses, gcl, f"LR {lr:.4g}"]), live=progress.live)
+                    alignment, uniformity = alignment_and_uniformity(criterion.keys)
                     events.scalars({"loss/loss": losses.value, "loss/gcl": gcl.value,
-                                    "features/alignment": diagnostics["alignment"],
-                                    "features/uniformity": diagnostics["uniformity"],
+                                    "features/alignment": alignment, "features/uniformity": uniformity,
                                     "run/learning rate": lr, "run/images per second": progress.images_per_second,
                                     **({"run/gamma": criterion.gamma} if args.loss_type == "dcl" else {}),
                                     **({"run/GPU memory, GiB": torch.cuda.max_memory_allocated() / 2**30}
@@ -231,7 +249,9 @@ def main_worker(args, device):
                     events.image("views", make_grid(augment.normalize.undo(pairs)), epoch * steps + step)
 
                 stop = stop_requested()         # the same on all ranks
-                if args.dry_run and (stop or step + 1 == min(steps, DRY_STEPS)):
+                if args.dry_run and broadcast_int(
+                        stop or step + 1 == min(steps, DRY_STEPS)
+                        or (progress.done > 1 and progress.now - progress.start > DRY_SECONDS)):
                     log(estimate(args, progress, steps, state(epoch, step), device))
                     return
                 if step + 1 < steps and (stop or writer.is_due()):      # after the last step the epoch's own save comes
@@ -247,7 +267,7 @@ def main_worker(args, device):
             log(progress.summary([losses, gcl]))
             if stop and epoch + 1 < args.epochs:
                 raise Stopped(f"after epoch {epoch}")
-            if args.loss_type == "dcl":
+            if events and args.loss_type == "dcl":
                 events.histogram("u/log u", criterion.log_u[criterion.log_u.isfinite()], (epoch + 1) * steps)
                 events.histogram("u/age in epochs", criterion.age / steps, (epoch + 1) * steps)
             if knn and ((epoch + 1) % args.knn_freq == 0 or epoch == args.epochs - 1):
@@ -255,8 +275,8 @@ def main_worker(args, device):
                 log(f" * Epoch {epoch} " + " ".join(f"{name} {acc1:.1f}" for name, acc1 in knn_acc1.items()))
                 events.scalars({f"features/{name}": acc1 for name, acc1 in knn_acc1.items()}, (epoch + 1) * steps)
     report.write_json(folder / "results.json", {
-        "loss": losses.average, "gcl": gcl.average if gcl.count else None, **knn_acc1, "first_epoch": start_epoch,
-        "seconds": round(seconds(), 1), **record})
+        "loss": losses.average, "gcl": gcl.average, **knn_acc1, "first_epoch": start_epoch,
+        "seconds": seconds(), **record})
     log(f"=> done: {folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
 
 
@@ -269,9 +289,10 @@ def estimate(args, progress, steps, state, device):
     else:
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB, and the workers'"
     hours = args.epochs * steps * progress.seconds_per_step / 3600
+    duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
     kept = 2 + sum(checkpoint_is_kept(args, epoch) for epoch in range(args.epochs))      # and the last and the previous
     disk = kept * checkpoint.size(state) / 2**30
-    return (f"=> {args.epochs} epochs will take about {hours:.1f} hours ({progress.images_per_second:.0f} images/s, "
+    return (f"=> {args.epochs} epochs will take about {duration} ({progress.images_per_second:.0f} images/s, "
             f"{progress.waiting}), memory {memory}, and {disk:.1f} GiB in {args.save_dir} for {kept} checkpoints; "
             "dry run: nothing was written")
 

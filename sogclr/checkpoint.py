@@ -47,7 +47,8 @@ def open_run(folder, resume, keys):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "command.txt", "a") as file:
             if rank() == 0:
-                file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
+                command = shlex.join([Path(sys.executable).name, *sys.argv])
+                file.write(f"{command}  # {time.strftime('%Y-%m-%d %H:%M')}\n")
     except OSError as error:
         raise InputError(f"--save_dir {folder.parent}: cannot be written: {error.strerror}") from error
     if rank() == 0 and folder not in _locks:
@@ -59,6 +60,11 @@ def open_run(folder, resume, keys):
         if kept and not saved:
             raise InputError(f"--resume auto: no checkpoint in {folder} can be read, "
                              "move the folder away to start anew")
+        others = sorted(path.parent.name for path in folder.parent.glob(f"*/{LAST}") if path.parent != folder)
+        if not kept:
+            log("=> --resume auto: no run with these settings yet, a new one begins" + (
+                f"; beside it lie those with other settings: {', '.join(others[:3])}" + ", ..." * (len(others) > 3)
+                if others else ""))
     elif resume:
         saved = load(resume, "--resume", keys)
     for name in ("epoch", "step"):
@@ -251,6 +257,17 @@ def require(checkpoint, path, flag, keys):
     missing = [key for key in keys if key not in checkpoint]
     if missing:
         raise InputError(f"{flag} {path}: lacks {', '.join(missing)}, it is not a checkpoint of this script")
+
+
+def require_same_images(made_with, now, source):
+    """Raise InputError where a checkpoint's settings tell of other images than this run's, whose order decides it.
+
+    made_with, now: settings with `images`, the `loader.fingerprint`; files from before it are taken as they are.
+    source: the flag and file that `made_with` is from.
+    """
+    if made_with.get("images", now["images"]) != now["images"]:
+        raise InputError(f"{source}: was made with other images ({made_with['images']}) than those in --data "
+                         f"({now['images']}), give the same folder, or start a new run")
 
 
 def with_module(state_dict):

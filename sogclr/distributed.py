@@ -383,7 +383,8 @@ def set_seed(args, saved):
 
     Data order and augmentation do not use torch's generator; they are seeded with the returned number.
     """
-    seed = args.seed if args.seed is not None else saved.get("seed", args.fresh_seed)
+    fresh = vars(args).pop("fresh_seed")       # is no setting
+    seed = args.seed if args.seed is not None else saved.get("seed", fresh)
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = args.seed is not None
     torch.backends.cudnn.benchmark = args.seed is None

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 import torchvision
@@ -29,6 +30,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message):
+        name, _, rest = message.partition(": ")
+        if name == "unrecognized arguments" and not rest.startswith("-"):       # MoCo's and SimSiam's way
+            message += f" (the data set's folder is given as --data {rest.split()[0]})"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def require_same(self, made_with, now, source):
@@ -76,8 +80,9 @@ class _OneOrMore(argparse.Action):
         setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
-def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay, several=False):
-    """Add the flags that both scripts have; the keywords are the defaults in which they differ. Returns the groups.
+def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay, lr_help, momentum_of, several=False):
+    """Add the flags that both scripts have; the keywords are the defaults and the words in which they differ. Returns
+    the groups.
 
     several: whether --lr and --wd take several values.
     """
@@ -112,10 +117,9 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay, several=Fa
     optim.add_argument("-b", "--batch-size", default=batch_size, type=number(int, "[1, inf)"), metavar="N",
                        help="images in a global batch, over all GPUs of all machines")
     optim.add_argument("--lr", "--learning-rate", dest="lr", default=lr, type=number(float, "(0, inf)"), metavar="LR",
-                       help="base learning rate: lincls.py multiplies it by B / 256, train.py as it is told"
-                            + "; several values train as many classifiers in one pass" * several, **values)
+                       help=lr_help + "; several values train as many classifiers in one pass" * several, **values)
     optim.add_argument("--momentum", default=0.9, type=number(float, "[0, 1)"), metavar="M",
-                       help="of LARS (train.py) or SGD (lincls.py)")
+                       help=f"of {momentum_of}")
     optim.add_argument("--wd", "--weight-decay", dest="weight_decay", default=weight_decay,
                        type=number(float, "[0, inf)"), metavar="W",
                        help="weight decay" + "; several values: each with each learning rate" * several, **values)
@@ -150,6 +154,11 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay, several=Fa
     devices.add_argument("--dist-backend", choices=("nccl", "gloo"),
                          help="communication of several processes (default: nccl on GPUs, gloo on the CPU)")
     return {"data": data, "model": model, "optimization": optim, "run": run, "devices": devices}
+
+
+def data_label(args):
+    """The data set's name in a run folder's name; where it is a folder, that one's name too."""
+    return args.data_name if args.data_name != "folder" else f"folder-{Path(args.data or 'data/folder').resolve().name}"
 
 
 def non_defaults(parser, args, names):

@@ -68,6 +68,11 @@ def open_data_set(name, folder, split, image_size=None, labels=True):
     return ImageSet(images, image_size or native, *mean_std.get(name, IMAGENET_MEAN_STD))
 
 
+def fingerprint(images):
+    """What tells one data set from another, for a run's record: `5000 images, digest 1f0c...`."""
+    return f"{len(images)} images" + (f", digest {images.digest}" if hasattr(images, "digest") else "")
+
+
 def _image_folder(name, folder, split, labels):
     if not os.path.isdir(folder):       # False, too, where it lies in a folder that may not be searched
         raise InputError(f"--data {folder}: no such folder that can be read, give the one that holds "

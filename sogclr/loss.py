@@ -50,7 +50,8 @@ class GlobalContrastiveLoss(nn.Module):
 
     The estimator is kept as its logarithm (`log_u`, [N] float32, -inf before the first visit), because exp(1/tau)
     leaves float32 below tau = 0.0113. It is a buffer: it moves with `.to(device)` and is part of `state_dict()`.
-    So are `batches`, how many there were, and `last_visit`, [N] int32: the number of the last one that held an image.
+    So are `batches`, the number of batches seen so far, and `last_visit`, [N] int32: that number when an image was last
+    in one, -1 where that is not known.
     """
 
     def __init__(self, num_samples, temperature=0.1, gamma=0.9):
@@ -61,7 +62,7 @@ class GlobalContrastiveLoss(nn.Module):
         self.temperature, self.gamma = temperature, gamma
         self.register_buffer("log_u", torch.full((num_samples,), -math.inf))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int32))
-        self.register_buffer("last_visit", torch.zeros(num_samples, dtype=torch.int32))
+        self.register_buffer("last_visit", torch.full((num_samples,), -1, dtype=torch.int32))
         self.keys = self.log_U = None       # of the last global batch: all views [2B, D] and their log U [2B]
         self.scores = None
 
@@ -76,9 +77,8 @@ class GlobalContrastiveLoss(nn.Module):
 
     @property
     def age(self):
-        """How many batches ago each image was visited that was visited at all: [at most N] int32, in the images' order.
-        """
-        return (self.batches - self.last_visit)[self.log_u > -math.inf]
+        """How many batches ago each image was visited, where that is known: [at most N] int32, in the images' order."""
+        return (self.batches - self.last_visit)[self.last_visit >= 0]
 
     @_outside_autocast
     def forward(self, z1, z2, index):
@@ -87,7 +87,7 @@ class GlobalContrastiveLoss(nn.Module):
         Returns the loss of the *global* batch: the same value on every rank, with this rank's share of the gradient,
         so that DDP's average over the ranks is the gradient of one process with all B images. Updates `u` of the batch.
 
-        Its value is a surrogate with the right gradient and may be negative: watch `diagnostics()["gcl"]`.
+        Its value is a surrogate with the right gradient and may be negative: watch `gcl()`.
         Raises ValueError. An index on the CPU is checked for range and duplicates; one on a GPU is not, since that
         would stall the device, nor are duplicates on two GPUs (`EpochSampler` shows no image twice).
         """
@@ -128,14 +128,11 @@ class GlobalContrastiveLoss(nn.Module):
         self.last_visit[index] = self.batches
 
     @torch.no_grad()
-    def diagnostics(self):
-        """What a person watches, of the last global batch, the same on every rank: a dict of 0-d tensors.
-
-        gcl: mean_i tau log U_i^a + tau log U_i^b - 2 s(z_i^a, z_i^b), the estimate of the global contrastive loss;
-        alignment: mean |z_i^a - z_i^b|^2; uniformity: log mean exp(-2 |z_i - z_j|^2) over pairs of different images in
-        the same view (Wang and Isola, arXiv 2005.10242).
+    def gcl(self):
+        """What a person watches, of the last global batch, the same on every rank, 0-d: mean_i of
+        tau log U_i^a + tau log U_i^b - 2 s(z_i^a, z_i^b), the estimate of the global contrastive loss.
         """
-        return _diagnostics(self.keys, self.log_U, self.temperature)
+        return _gcl(self.keys, self.log_U, self.temperature)
 
 
 def plain_global_contrastive_loss(z1, z2, u, temperature, gamma):
@@ -176,7 +173,7 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         _check_temperature(temperature)
         self.temperature = temperature
-        self.keys = self.scores = None      # of the last global batch: all views [2B, D]
+        self.keys = self.scores = self.negatives = None     # of the last global batch: all views [2B, D]
 
     @_outside_autocast
     def forward(self, z1, z2, index=None):
@@ -194,10 +191,11 @@ class ContrastiveLoss(nn.Module):
         return _Loss.apply(z, anchors, norm, gradient, value)
 
     @torch.no_grad()
-    def diagnostics(self):
-        """As `GlobalContrastiveLoss.diagnostics`, with g of this batch in the place of U."""
-        scores = _Scores(self.keys, self.keys, self.temperature, exclude_positive=True)
-        return _diagnostics(self.keys, scores.log_sum - math.log(len(self.keys) - 2), self.temperature)
+    def gcl(self):
+        """As `GlobalContrastiveLoss.gcl`, with g of this batch in the place of U."""
+        scores = self.negatives = _Scores(self.keys, self.keys, self.temperature, exclude_positive=True,
+                                          reuse=self.negatives)
+        return _gcl(self.keys, scores.log_sum - math.log(len(self.keys) - 2), self.temperature)
 
 
 class _Block(NamedTuple):
@@ -326,16 +324,24 @@ class _Loss(torch.autograd.Function):
         return upstream * ctx.saved_tensors[0], None, None, None, None
 
 
-def _diagnostics(keys, log_U, temperature):
+def _gcl(keys, log_U, temperature):
+    positives = torch.linalg.vecdot(*keys.chunk(2))
+    return (temperature * log_U.sum() - 2 * positives.sum()) / len(positives)
+
+
+@torch.no_grad()
+def alignment_and_uniformity(keys):
+    """How close the two views of an image are, and how evenly the images are spread (Wang and Isola, arXiv 2005.10242).
+
+    keys: [2B, D] unit rows, views a before views b (`criterion.keys`). Returns two 0-d tensors:
+    mean |z_i^a - z_i^b|^2, and log mean exp(-2 |z_i - z_j|^2) over pairs of different images in the same view.
+    """
     Z1, Z2 = keys.chunk(2)
-    positive, B = (Z1 * Z2).sum(1), len(Z1)
-    apart = 0
+    B, uniformity = len(Z1), 0
     for Z in (Z1, Z2):
         potential = (4 * (Z @ Z.T) - 4).fill_diagonal_(-math.inf)       # -2 |x - y|^2 of unit vectors
-        apart = apart + (potential.flatten().logsumexp(0) - math.log(B * (B - 1))) / 2
-    return {"gcl": (temperature * log_U.sum() - 2 * positive.sum()) / B,
-            "alignment": (2 - 2 * positive).mean(),
-            "uniformity": apart}
+        uniformity = uniformity + (potential.flatten().logsumexp(0) - math.log(B * (B - 1))) / 2
+    return (2 - 2 * torch.linalg.vecdot(Z1, Z2)).mean(), uniformity
 
 
 def _check_temperature(temperature):

@@ -93,12 +93,12 @@ class Events:
 
 
 def surroundings(device):
-    """What decides numbers beside the settings: versions, the code's commit, the device."""
+    """What decides numbers beside the settings: versions, the code's commit, the device, on a CPU the threads."""
     commit, clean = git_state(Path(__file__).resolve().parents[1])
     kind = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return {"versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": torchvision.__version__, "numpy": np.__version__},
-            "commit": commit, "clean": clean, "device": kind, "ranks": world_size()}
+            "commit": commit, "clean": clean, "device": kind, "threads": torch.get_num_threads(), "ranks": world_size()}
 
 
 def git_state(folder):

@@ -170,7 +170,7 @@ HOLD = """
 import os, sys, time
 from pathlib import Path
 from sogclr import checkpoint
-checkpoint.open_run(Path(sys.argv[1]), "auto", ())
+checkpoint.open_run(Path(sys.argv[1]), "", ())
 if os.fork() == 0:
     print("locked", flush=True)
 time.sleep(60)

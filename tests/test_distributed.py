@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from sogclr import distributed
-from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
+from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, alignment_and_uniformity
 
 N, B, STEPS, TEMPERATURE = 20, 8, 4, 0.1
 CASES = ("dcl", "cl", "dcl with unused parameters", "dcl resumed")
@@ -28,7 +28,7 @@ class Net(torch.nn.Module):
 
 
 def trajectory(case, rank, world):
-    """STEPS steps of plain gradient descent on this rank's share: each step's loss, u and its age, diagnostics and
+    """STEPS steps of plain gradient descent on this rank's share: each step's loss, u and its age, what is watched, and
     gradients.
     """
     torch.manual_seed(0)
@@ -52,7 +52,8 @@ def trajectory(case, rank, world):
         loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
         u = torch.cat([criterion.u, criterion.age]) if case != "cl" else torch.zeros(N)
-        record.append([loss.detach(), u, torch.stack(list(criterion.diagnostics().values())), *grads])
+        watched = torch.stack([criterion.gcl(), *alignment_and_uniformity(criterion.keys)])
+        record.append([loss.detach(), u, watched, *grads])
         with torch.no_grad():
             for p, grad in zip(model.parameters(), grads, strict=True):
                 p -= 0.1 * grad
@@ -82,7 +83,9 @@ def ranks(request, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_split_batch_equals_whole_batch(ranks, case):
-    """Each rank's loss, u, ages, diagnostics and DDP gradients must be one process's on the whole batch, to 1e-10."""
+    """Each rank's loss, u, ages, GCL, alignment, uniformity and DDP gradients must be one process's on the whole batch,
+    to 1e-10.
+    """
     whole = trajectory(case, 0, 1)
     assert max(float(value.abs().max()) for value in whole[0][3:]) > 0.01       # there is a gradient to compare
     for record in ranks:

@@ -1,5 +1,6 @@
 """The protocols of lincls.py: several classifiers at once, cached features, kNN, few labels, fine-tuning."""
 
+import itertools
 import json
 import re
 import sys
@@ -181,6 +182,23 @@ def test_a_resumed_run_keeps_its_protocol(flags, imagenet, tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"was made with {flags[0]}" in error
     assert error.count("\n") == 1
+
+
+def test_other_images_are_another_run(imagenet, tmp_path, capsys):
+    """Another folder must get a run folder of its own, and a checkpoint of other images must not be continued."""
+    command = ["--data_name", "folder", *TINY, "--workers", 0, "--epochs", 1, "--seed", 1, "--save_dir", tmp_path]
+    for name, images in (("a", "0"), ("b", "12")):
+        for split, wnid in itertools.product(("train", "val"), ("n01440764", "n01443537")):
+            (tmp_path / name / split / wnid).mkdir(parents=True)
+            for k in images:
+                (tmp_path / name / split / wnid / f"{k}.JPEG").symlink_to(imagenet / "val" / wnid / f"{wnid}_{k}.JPEG")
+    for name in "ab":
+        call(lincls, *command, "--resume", "auto", "--data", tmp_path / name)
+    first, second = (path.parent for path in sorted(tmp_path.rglob("results.json")))
+    assert ("_data_folder-a_" in first.name, "_data_folder-b_" in second.name) == (True, True)
+    with pytest.raises(SystemExit, match="2"):
+        call(lincls, *command, "--resume", first / "checkpoint_last.pth.tar", "--data", tmp_path / "b")
+    assert "was made with other images (2 images, digest " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [[], ["--finetune", "--encoder-lr", 1e40]])

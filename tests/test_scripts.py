@@ -155,13 +155,17 @@ def test_seed_decides_everything(imagenet, tmp_path):
 
 
 def test_resumed_run_equals_uninterrupted(pretrained, imagenet, tmp_path):
-    """--resume after the first epoch must print the second epoch's losses and end with the same weights and u."""
+    """--resume after the first epoch must print the second epoch's losses and end with the same weights, u and ages,
+    and the seconds must be those of both starts.
+    """
     lines, folder = pretrained
     first = newest(folder, "checkpoint_0000.pth.tar")
     again = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path, "--resume", first)
     assert losses(again) == losses(lines)[3:]
     straight, resumed = load(folder), load(tmp_path)
-    assert torch.equal(straight["log_u"], resumed["log_u"])
+    for name in ("log_u", "last_visit", "batches"):
+        assert torch.equal(straight[name], resumed[name])
+    assert resumed["seconds"] > torch.load(first, weights_only=True)["seconds"] > 0
     assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in straight["state_dict"].items())
     for k, state in straight["optimizer"]["state"].items():
         assert torch.equal(state["mu"], resumed["optimizer"]["state"][k]["mu"])
@@ -217,6 +221,12 @@ def test_same_command_finds_its_run(imagenet, tmp_path):
     command = ["--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path, "--seed", 3]
     assert len(losses(call(train, *command, "--resume", "auto"))) == 3
     assert losses(call(train, *command, "--resume", "auto")) == []
+    (run_folder,) = tmp_path.iterdir()
+    other = call(train, *command, "--resume", "auto", "--t", 0.2, "--dry-run")
+    assert not any("new one begins" in line for line in other)
+    other = call(train, *command, "--resume", "auto", "--t", 0.2)
+    assert any(line.endswith("a new one begins; beside it lie those with other settings: " + run_folder.name)
+               for line in other)
     refused = run("train.py", *command, ok=False)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "--resume auto" in refused.stderr
@@ -280,10 +290,10 @@ def test_dry_run_writes_nothing(imagenet, tmp_path):
     """It must go through real steps and say what all epochs will take, and leave no file."""
     *_, estimate = lines = call(train, "--data", imagenet, *TINY, "--epochs", 800, "--save_dir", tmp_path, "--dry-run")
     assert len(losses(lines)) == 3
-    found = re.match(r"=> 800 epochs will take about (\S+) hours \((\d+) images/s, .* and (\S+) GiB in .* for 85 "
+    found = re.match(r"=> 800 epochs will take about (\S+) minutes \((\d+) images/s, .* and (\S+) GiB in .* for 85 "
                      "checkpoints", estimate)
-    hours, speed, disk = map(float, found.groups())
-    assert hours == pytest.approx(800 * 24 / speed / 3600, rel=0.6, abs=0.06)
+    minutes, speed, disk = map(float, found.groups())
+    assert minutes == pytest.approx(800 * 24 / speed / 60, rel=0.6, abs=1)
     parameters = sum(tensor.nbytes for tensor in torchvision.models.resnet18().parameters())
     assert 85 * 2 * parameters < disk * 2**30 < 85 * 3 * parameters
     assert not any(tmp_path.iterdir())
@@ -524,6 +534,7 @@ BAD = [
     ("train.py", ["--knn-freq", "1", "--data_name", "folder", "--data", "SUBSET"],
      "--knn-freq 1: needs images with labels, leave the flag out where there are none; --data"),
     ("train.py", ["--unknown"], "unrecognized arguments: --unknown"),
+    ("train.py", ["somewhere"], "arguments: somewhere (the data set's folder is given as --data somewhere)"),
     ("train.py", ["--save_dir", "TEXT/below"], "--save_dir"),
 ]
 
