@@ -16,6 +16,7 @@ Eight learning rates in one pass, the quick protocol, no training at all, and al
 import contextlib
 import dataclasses
 import itertools
+import json
 import time
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def build_parser():
     groups["model"].add_argument("--pretrained", default="", metavar="PATH",
                        help="checkpoint of train.py, of the authors' release, MoCo, SimSiam, Lightning or torchvision "
                             "(default: none, a random encoder)")
-    protocol = parser.add_argument_group("protocol", "Without any of these: the linear evaluation of MoCo.")
+    protocol = parser.add_argument_group("protocol", "Without any of these: the linear evaluation of MoCo v3.")
     protocol.add_argument("--features", default="augmented", choices=("augmented", "cached"),
                           help="of the frozen encoder: augmented are those of new random crops in each epoch, the "
                                "classic protocol; cached are computed once, of centre crops, and kept in memory, the "
@@ -236,9 +237,12 @@ class Run:
 
 def evaluate_knn(run):
     """The class of a validation image by its nearest training images."""
+    file = run.folder / "results.json"
+    if file.exists():
+        checkpoint.require_same_images(json.loads(file.read_text())["settings"], run.settings, f"--save_dir: {file}")
     bank, queries = (extract(run.encode, run.loader(data), torch.float16) for data in (run.train_data, run.val_data))
     accuracies = knn_accuracy(*bank, *queries, len(run.classes))
-    run.write_results(run.folder / "results.json", knn_acc1=accuracies)
+    run.write_results(file, knn_acc1=accuracies)
     log("=> kNN: " + ", ".join(f"k = {k} Acc@1 {acc1:.3f}" for k, acc1 in accuracies.items()))
 
 

@@ -91,7 +91,7 @@ def main():
     try:
         export(args)
     except InputError as error:
-        parser.error(error)
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

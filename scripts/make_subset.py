@@ -70,6 +70,7 @@ def main():
             val = open_data_set(args.data_name, args.data, "val").images
             val_indices = draw(val, args.val)
         # Under another name until it is whole, and one of its own, in case two of these run at once.
+        args.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.folder.absolute().parent, prefix=args.folder.name) as part:
             whole = Path(part) / "whole"
             write(train, train_indices, whole / "train")

@@ -60,11 +60,10 @@ def open_run(folder, resume, keys):
         if kept and not saved:
             raise InputError(f"--resume auto: no checkpoint in {folder} can be read, "
                              "move the folder away to start anew")
-        others = sorted(path.parent.name for path in folder.parent.glob(f"*/{LAST}") if path.parent != folder)
+        others = sum(path.parent != folder for path in folder.parent.glob(f"*/{LAST}"))
         if not kept:
-            log("=> --resume auto: no run with these settings yet, a new one begins" + (
-                f"; beside it lie those with other settings: {', '.join(others[:3])}" + ", ..." * (len(others) > 3)
-                if others else ""))
+            log("=> --resume auto: no run with these settings yet, a new one begins"
+                + f" ({folder.parent} holds {others} with other settings)" * (others > 0))
     elif resume:
         saved = load(resume, "--resume", keys)
     for name in ("epoch", "step"):

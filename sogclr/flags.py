@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -31,8 +32,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         name, _, rest = message.partition(": ")
-        if name == "unrecognized arguments" and not rest.startswith("-"):       # MoCo's and SimSiam's way
-            message += f" (the data set's folder is given as --data {rest.split()[0]})"
+        if name == "unrecognized arguments" and os.path.isdir(rest):        # MoCo's and SimSiam's way
+            message += f" (the data set's folder is given as --data {rest})"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def require_same(self, made_with, now, source):

@@ -84,7 +84,12 @@ def _image_folder(name, folder, split, labels):
                              + " (to pretrain on images without classes give --data_name folder)" * (name != "folder"))
         root = folder
     try:
-        return ImageFiles(root, labels)
+        images = ImageFiles(root, labels)
+        classes = {"imagenet1000": 1000, "imagenet100": 100}.get(name)
+        if split == "train" and classes not in (None, len(images.classes)):
+            log(f"=> note: {root} has {len(images.classes)} classes, not the {classes} of {name}; "
+                "--data_name folder is for other images")
+        return images
     except OSError as error:
         raise InputError(f"--data {root}: cannot be listed: {error.strerror}") from error
 

@@ -199,6 +199,12 @@ def test_other_images_are_another_run(imagenet, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(lincls, *command, "--resume", first / "checkpoint_last.pth.tar", "--data", tmp_path / "b")
     assert "was made with other images (2 images, digest " in capsys.readouterr().err
+    call(lincls, *command, "--knn", "--data", tmp_path / "a")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "b").rename(tmp_path / "elsewhere" / "a")
+    with pytest.raises(SystemExit, match="2"):
+        call(lincls, *command, "--knn", "--data", tmp_path / "elsewhere" / "a")
+    assert "results.json: was made with other images (2 images, digest " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [[], ["--finetune", "--encoder-lr", 1e40]])
