@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a clean clone to a first result: sets up .venv (or takes PYTHON=...), pretrains ResNet-18 with SogCLR on images
 # that the program draws, and compares linear classifiers on the pretrained and on a random encoder. No GPU and no
-# data needed; about 4 minutes on two CPU cores after the installation. SEED=... for another seed (default 1).
+# data needed; about 5 minutes on two CPU cores after the installation. SEED=... for another seed (default 1).
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
