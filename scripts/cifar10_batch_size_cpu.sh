@@ -2,7 +2,7 @@
 # A small batch does not harm, at a size for a CPU: cifar10_batch_size.sh on 5,000 training and 5,000 test images of
 # CIFAR-10, with ImageNet's stem (a fifteenth of the cifar stem's work), 12 epochs, and the settings that
 # cifar10_search.sh chose on held-out training images. The table and the plot in the README are its.
-# Needs: no GPU, but on one core (of two, with such a run on the other) 13 minutes a run at batch 16, 6 at batch 64, 4 at
+# Needs: no GPU, but on one core (of two, with such a run on the other) 12 minutes a run at batch 16, 6 at batch 64, 5 at
 # batch 256, and 3 for its evaluation: 1.5 hours where LOSSES=cl and LOSSES=dcl run in two shells, the second started when
 # the first has made the images. DATA takes CIFAR-10 (DATA_NAME=folder: as DATA/train/<class>/ and DATA/val/<class>/);
 # OUT, LOSSES, BATCHES, SEEDS and PROTOCOLS are as there. Arguments are appended to train.py's. The same command continues
