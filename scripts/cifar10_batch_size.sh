@@ -2,13 +2,15 @@
 # A small batch does not harm: SimCLR (cl) and SogCLR (dcl) on CIFAR-10 at several batch sizes, everything else the same;
 # then linear evaluation, classic and of cached features, at eight rates each, and kNN; a table and a plot of all.
 # Needs: 1 GPU for all of it. LOSSES, BATCHES, SEEDS and PROTOCOLS choose a part; LINCLS holds further flags for
-# lincls.py, CLASSIC those for its classic protocol alone; OUT takes the runs, results.md and results.png. Not measured on
-# a GPU: the CPU-sized version is cifar10_batch_size_cpu.sh.
+# lincls.py, CLASSIC those for its classic protocol alone; OUT takes the runs, results.md and results.png. VARIANTS: each
+# line holds flags of train.py that differ, for a set of runs of its own (an empty line is the settings as they are).
+# JOBS=4 trains four at a time, each with its log in OUT, where one alone leaves the device idle. Not measured on a GPU:
+# the CPU-sized version is cifar10_batch_size_cpu.sh.
 # Arguments are appended to train.py's, so its other flags can be overridden; other settings want another OUT. The same
 # command continues where it was cut off.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for flag in "$@"; do
+for flag in "$@" ${VARIANTS:-}; do
     case $flag in --arch* | -a | --image-size* | --batch-size* | -b | --seed* | --loss_type* | --save_dir* | --data*)
         echo "$0: error: $flag: is the script's own, see its head for LOSSES, BATCHES, SEEDS, OUT and DATA" >&2
         exit 2 ;;
@@ -16,33 +18,77 @@ for flag in "$@"; do
 done
 python=${PYTHON:-python3}
 out=${OUT:-saved_models/cifar10_batch_size}
+jobs=${JOBS:-1}
+case $jobs in 0* | *[!0-9]*) echo "$0: error: JOBS=$jobs: must be a whole number from 1 on" >&2; exit 2 ;; esac
+mapfile -t variants <<< "${VARIANTS:-}"
 read -ra lincls <<< "${LINCLS:-}"
 read -ra classic <<< "${CLASSIC:-}"
 rates=(0.001 0.003 0.01 0.03 0.1 0.3 1 3)
 
+# Pretraining and evaluation: FOLDER LOSS BATCH SEED [flags of train.py]
+one_run() {
+    local runs=$1 loss=$2 batch=$3 seed=$4
+    local common=(--data_name "${DATA_NAME:-cifar10}" --data "${DATA:-data/cifar10}" --image-size 32 --arch resnet18
+                  --seed "$seed" --workers "$((jobs < 16 ? 16 / jobs : 1))" --save_dir "$runs" --resume auto
+                  --print-freq 100)
+    "$python" train.py "${common[@]}" --loss_type "$loss" --batch-size "$batch" --epochs 200 --lr 1.0 \
+        --learning-rate-scaling linear --wd 1e-4 --t 0.3 --gamma 0.9 --save-freq 1000 "${@:5}"
+    local checkpoint=("$runs"/*_bz_"$batch"_*/checkpoint_last.pth.tar)
+    if [ ${#checkpoint[@]} != 1 ]; then
+        echo "$0: error: $runs: holds runs with other settings too, name another OUT" >&2
+        exit 2
+    fi
+    local protocol evaluate=("$python" lincls.py "${common[@]}" --pretrained "${checkpoint[0]}" "${lincls[@]}")
+    for protocol in ${PROTOCOLS:-classic cached knn}; do
+        case $protocol in
+            classic) "${evaluate[@]}" --lr "${rates[@]}" "${classic[@]}" ;;
+            cached) "${evaluate[@]}" --lr "${rates[@]}" --features cached ;;
+            knn) "${evaluate[@]}" --knn ;;
+            *) echo "PROTOCOLS: knows classic, cached and knn, not $protocol" >&2; exit 2 ;;
+        esac
+    done
+}
+
+# Waits until fewer than $1 runs are left. Where one has failed, and at Ctrl-C, which the runs hear themselves, the script
+# starts no more and ends with that code when those beside it have ended.
+running=0
+leave_fewer_than() {
+    local code=0
+    while [ "$code" = 0 ] && [ "$running" -ge "$1" ]; do
+        wait -n || code=$?
+        running=$((running - 1))
+    done
+    if [ "$code" != 0 ]; then
+        echo "$0: a run has ended with code $code, its log says why; no more are started" >&2
+        wait
+        exit "$code"
+    fi
+}
+
+mkdir -p "$out"
 for seed in ${SEEDS:-1 2 3}; do
-    for batch in ${BATCHES:-32 64 128 256 512}; do
-        for loss in ${LOSSES:-cl dcl}; do
-            runs=$out/${loss}_${batch}_$seed
-            common=(--data_name "${DATA_NAME:-cifar10}" --data "${DATA:-data/cifar10}" --image-size 32 --arch resnet18
-                    --seed "$seed" --workers 16 --save_dir "$runs" --resume auto --print-freq 100)
-            "$python" train.py "${common[@]}" --loss_type "$loss" --batch-size "$batch" --epochs 200 --lr 1.0 \
-                --learning-rate-scaling linear --wd 1e-4 --t 0.3 --gamma 0.9 --save-freq 1000 "$@"
-            checkpoint=("$runs"/*_bz_"$batch"_*/checkpoint_last.pth.tar)
-            if [ ${#checkpoint[@]} != 1 ]; then
-                echo "$0: error: $runs: holds runs with other settings too, name another OUT" >&2
-                exit 2
-            fi
-            evaluate=("$python" lincls.py "${common[@]}" --pretrained "${checkpoint[0]}" "${lincls[@]}")
-            for protocol in ${PROTOCOLS:-classic cached knn}; do
-                case $protocol in
-                    classic) "${evaluate[@]}" --lr "${rates[@]}" "${classic[@]}" ;;
-                    cached) "${evaluate[@]}" --lr "${rates[@]}" --features cached ;;
-                    knn) "${evaluate[@]}" --knn ;;
-                    *) echo "PROTOCOLS: knows classic, cached and knn, not $protocol" >&2; exit 2 ;;
-                esac
+    for variant in "${variants[@]}"; do
+        for batch in ${BATCHES:-32 64 128 256 512}; do
+            for loss in ${LOSSES:-cl dcl}; do
+                case $loss$variant in cl*--gamma*) continue ;; esac         # SimCLR has none
+                read -ra flags <<< "$variant"
+                runs=$out/${loss}_${batch}_$seed${variant:+_${variant// /_}}
+                if [ "$jobs" = 1 ]; then
+                    one_run "$runs" "$loss" "$batch" "$seed" "$@" "${flags[@]}"
+                else
+                    leave_fewer_than "$jobs"
+                    echo "=> $runs.log"
+                    trap ':' INT
+                    (trap - INT; one_run "$runs" "$loss" "$batch" "$seed" "$@" "${flags[@]}") > "$runs.log" 2>&1 &
+                    running=$((running + 1))
+                fi
             done
         done
     done
 done
-"$python" scripts/collect_results.py "$out" --png "$out/results.png" | tee "$out/results.md"
+leave_fewer_than 1
+plot=(--png "$out/results.png")
+if [ ${#variants[@]} -gt 1 ]; then      # which one plot cannot show
+    plot=()
+fi
+"$python" scripts/collect_results.py "$out" "${plot[@]}" | tee "$out/results.md"

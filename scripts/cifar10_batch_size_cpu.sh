@@ -3,10 +3,10 @@
 # CIFAR-10, with ImageNet's stem (a fifteenth of the cifar stem's work), 12 epochs, and the settings that
 # cifar10_search.sh chose on held-out training images. The table and the plot in the README are its.
 # Needs: no GPU, but on one core (of two, with such a run on the other) 12 minutes a run at batch 16, 6 at batch 64, 5 at
-# batch 256, and 3 for its evaluation: 1.5 hours where LOSSES=cl and LOSSES=dcl run in two shells, the second started when
-# the first has made the images. DATA takes CIFAR-10 (DATA_NAME=folder: as DATA/train/<class>/ and DATA/val/<class>/);
-# OUT, LOSSES, BATCHES, SEEDS and PROTOCOLS are as there. Arguments are appended to train.py's. The same command continues
-# where it was cut off.
+# batch 256, and 3 for its evaluation: 1.5 hours with JOBS=2 on two cores.
+# DATA takes CIFAR-10 (DATA_NAME=folder: as DATA/train/<class>/ and DATA/val/<class>/); OUT, LOSSES, BATCHES, SEEDS,
+# PROTOCOLS, VARIANTS and JOBS are as there. Arguments are appended to train.py's. The same command continues where it was
+# cut off.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-saved_models/cifar10_batch_size_cpu}

@@ -2,32 +2,26 @@
 # Which settings? From a starting point one setting at a time is changed, for SimCLR and SogCLR alike, at batch 64 on
 # 5,000 training images of CIFAR-10, and judged on 5,000 other *training* images (cached features, and kNN): no test
 # image is looked at. What came of it stands in the README and in cifar10_batch_size_cpu.sh.
-# Needs: no GPU, but about 5 minutes a run on one core. LOSSES=cl and LOSSES=dcl in two shells use two cores, the second
-# started when the first has made the images. DATA takes CIFAR-10 (DATA_NAME=folder: as DATA/train/<class>/); OUT takes
-# the runs and results.md. The same command continues where it was cut off.
+# Needs: no GPU, but about 5 minutes a run on one core; JOBS=2 uses two. DATA takes CIFAR-10 (DATA_NAME=folder: as
+# DATA/train/<class>/); OUT takes the runs and results.md. The same command continues where it was cut off.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-out=${OUT:-saved_models/cifar10_search}
-images=$out/cifar10_5000_held_out
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
-mkdir -p "$out"
-[ -d "$images" ] || "$python" scripts/make_subset.py "$images" --held-out --data_name "${DATA_NAME:-cifar10}" \
-    --data "${DATA:-data/cifar10}"
-
-start=(--lr 0.15 --t 0.2 --gamma 0.9 --crop-min 0.2 --wd 1e-6)
-for loss in ${LOSSES:-cl dcl}; do
-    for change in "" "--t 0.1" "--t 0.4" "--lr 0.3" "--lr 0.075" "--lr 0.0375" "--t 0.1 --lr 0.075" "--crop-min 0.08" \
-            "--wd 1e-4" "--gamma 0.5" "--gamma 0.2"; do
-        case $loss$change in cl*gamma*) continue ;; esac        # SimCLR has none
-        read -ra flags <<< "$change"
-        name=${loss}_start${change// /_}
-        echo "=> $name"
-        OUT=$out/$name DATA_NAME=folder DATA=$images SEEDS=1 BATCHES=64 LOSSES=$loss PROTOCOLS="cached knn" \
-            LINCLS="--workers 1 --precision bf16" bash scripts/cifar10_batch_size.sh --stem imagenet --workers 1 \
-            --precision bf16 --epochs 10 --warmup-epochs 1 --learning-rate-scaling sqrt "${start[@]}" "${flags[@]}" \
-            > "$out/$name.log"
-    done
-done
-"$python" scripts/collect_results.py "$out" | tee "$out/results.md"
+export OUT=${OUT:-saved_models/cifar10_search}
+images=$OUT/cifar10_5000_held_out
+mkdir -p "$OUT"
+[ -d "$images" ] || "${PYTHON:-python3}" scripts/make_subset.py "$images" --held-out \
+    --data_name "${DATA_NAME:-cifar10}" --data "${DATA:-data/cifar10}"
+export DATA_NAME=folder DATA=$images SEEDS=1 BATCHES=64 PROTOCOLS="cached knn" LINCLS="--workers 1 --precision bf16"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} VARIANTS="
+--t 0.1
+--t 0.4
+--lr 0.3
+--lr 0.075
+--lr 0.0375
+--t 0.1 --lr 0.075
+--crop-min 0.08
+--wd 1e-4
+--gamma 0.5
+--gamma 0.2"
+exec bash scripts/cifar10_batch_size.sh --stem imagenet --workers 1 --precision bf16 --epochs 10 --warmup-epochs 1 \
+    --learning-rate-scaling sqrt --lr 0.15 --t 0.2 --gamma 0.9 --crop-min 0.2 --wd 1e-6

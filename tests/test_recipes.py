@@ -10,14 +10,25 @@ import lincls
 import train
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-# Writes down its arguments; in the place of train.py it also leaves a checkpoint, under a name as train.py's.
+# Writes down its arguments; in the place of train.py it also leaves a checkpoint, under a name as train.py's: where
+# BESIDE is a folder, after it has met a second one there; where FAILS is its seed, it ends with code 75 instead.
 STAND_IN = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$CALLS"
 if [ "$1" = train.py ]; then
     while [ $# -gt 0 ]; do
-        case $1 in --save_dir) save_dir=$2 ;; --batch-size) batch=$2 ;; --lr) lr=$2 ;; esac
+        case $1 in --save_dir) save_dir=$2 ;; --batch-size) batch=$2 ;; --lr) lr=$2 ;; --seed) seed=$2 ;; esac
         shift
     done
+    if [ -d "$BESIDE" ]; then
+        touch "$BESIDE/$$"
+        for _ in {1..100}; do
+            here=("$BESIDE"/*)
+            [ ${#here[@]} -lt 2 ] || break
+            sleep 0.1
+        done
+        [ ${#here[@]} -ge 2 ] || exit 3
+    fi
+    [ "$seed" != "${FAILS:-none}" ] || exit 75
     mkdir -p "$save_dir/some_bz_${batch}_lr_$lr" && touch "$save_dir/some_bz_${batch}_lr_$lr/checkpoint_last.pth.tar"
 fi
 """
@@ -108,10 +119,44 @@ def test_batch_size_experiment(calls, tmp_path):
     assert sorted(trained) == [(loss, batch, seed) for loss in ("cl", "dcl") for batch in (8, 16) for seed in (1, 2)]
 
 
+def test_batch_size_experiment_side_by_side(calls, tmp_path):
+    """With JOBS=2 two runs must go on at a time, each with its log, and the table come when all have ended; when one is
+    stopped, those beside it are waited for, no more begin, and its code is the script's.
+    """
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    variables = {"OUT": str(tmp_path / "out"), "JOBS": "2", "BATCHES": "8", "LOSSES": "dcl", "PROTOCOLS": "knn",
+                 "BESIDE": str(beside)}
+    *done, collect = calls("cifar10_batch_size.sh", SEEDS="1 2 3", **variables)
+    assert sorted(call[0] for call in done) == 3 * ["lincls.py"] + 3 * ["train.py"]
+    assert collect[0] == "scripts/collect_results.py"
+    assert {settings(train, call)["workers"] for call in done if call[0] == "train.py"} == {8}
+    assert sorted(file.stem for file in (tmp_path / "out").glob("*.log")) == ["dcl_8_1", "dcl_8_2", "dcl_8_3"]
+
+    message = calls("cifar10_batch_size.sh", SEEDS="1 2 3 4", FAILS="1", code=75, **variables)
+    assert "a run has ended with code 75" in message
+    made = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [call[0] for call in made if "collect" in call[0]] == []
+    assert {settings(train, call)["seed"] for call in made if call[0] == "train.py"} in ({1, 2}, {1, 2, 3})
+    assert "JOBS=two: must be" in calls("cifar10_batch_size.sh", JOBS="two", code=2)
+
+
+def test_what_of_sogclr_helps(calls, tmp_path):
+    """Each gamma must be tried at each temperature, SimCLR once at each, and all be told apart in one table."""
+    subset, *done, collect = calls("cifar10_gamma_cpu.sh", OUT=str(tmp_path / "out"), SEEDS="1", PROTOCOLS="knn")
+    assert (subset[0], collect) == ("scripts/make_subset.py", ["scripts/collect_results.py", str(tmp_path / "out")])
+    asked = [settings(train, call) for call in done if call[0] == "train.py"]
+    assert sorted((one["loss_type"], one["t"], one["gamma"], one["batch_size"]) for one in asked) == sorted(
+        [("cl", t, 0.9, 16) for t in (0.1, 0.05)]
+        + [("dcl", t, gamma, 16) for t in (0.1, 0.05) for gamma in (1, 0.9, 0.2)])
+    assert len({one["save_dir"] for one in asked}) == len(asked)
+
+
 def test_batch_size_experiment_refuses_what_it_would_mix_up(calls, tmp_path):
     """A flag that it sets itself, and a folder with runs of other settings, must end it with one line."""
     assert "--arch: is the script's own" in calls("cifar10_batch_size.sh", "--arch", "resnet50", code=2)
     one = {"OUT": str(tmp_path / "out"), "SEEDS": "1", "BATCHES": "8", "LOSSES": "cl", "PROTOCOLS": "knn"}
+    assert "--seed: is the script's own" in calls("cifar10_batch_size.sh", code=2, VARIANTS="--t 0.5\n--seed 3")
     calls("cifar10_batch_size.sh", "--lr", 0.5, **one)
     assert "holds runs with other settings too" in calls("cifar10_batch_size.sh", "--lr", 0.7, code=2, **one)
 
