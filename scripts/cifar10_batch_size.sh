@@ -59,7 +59,7 @@ leave_fewer_than() {
         running=$((running - 1))
     done
     if [ "$code" != 0 ]; then
-        echo "$0: a run has ended with code $code, its log says why; no more are started" >&2
+        echo "$0: stops with code $code when the runs that have begun have ended, see $out/*.log" >&2
         wait
         exit "$code"
     fi
@@ -79,7 +79,7 @@ for seed in ${SEEDS:-1 2 3}; do
                     leave_fewer_than "$jobs"
                     echo "=> $runs.log"
                     trap ':' INT
-                    (trap - INT; one_run "$runs" "$loss" "$batch" "$seed" "$@" "${flags[@]}") > "$runs.log" 2>&1 &
+                    (trap - INT; one_run "$runs" "$loss" "$batch" "$seed" "$@" "${flags[@]}") >> "$runs.log" 2>&1 &
                     running=$((running + 1))
                 fi
             done

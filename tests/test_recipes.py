@@ -134,7 +134,7 @@ def test_batch_size_experiment_side_by_side(calls, tmp_path):
     assert sorted(file.stem for file in (tmp_path / "out").glob("*.log")) == ["dcl_8_1", "dcl_8_2", "dcl_8_3"]
 
     message = calls("cifar10_batch_size.sh", SEEDS="1 2 3 4", FAILS="1", code=75, **variables)
-    assert "a run has ended with code 75" in message
+    assert "stops with code 75 when" in message
     made = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
     assert [call[0] for call in made if "collect" in call[0]] == []
     assert {settings(train, call)["seed"] for call in made if call[0] == "train.py"} in ({1, 2}, {1, 2, 3})

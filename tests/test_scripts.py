@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lincls
 import train
+from scripts import gradient_bias
 from sogclr import distributed, loader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -471,6 +472,36 @@ def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_pat
     assert 0 < results["pretraining_seconds"] <= made["seconds"] + 0.1
     assert "=> note: the encoder was pretrained at 32 pixels, --image-size 32 evaluates it there" in \
         call(lincls, *command, "--image-size", 40)
+
+
+def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypatch, capsys):
+    """It must show each loss at each batch, and the checkpoint's own u at its own; in one batch of all images nothing
+    is off. What it cannot take is one line.
+    """
+    def bias(*args):
+        monkeypatch.setattr(sys, "argv", ["gradient_bias.py", *map(str, args)])
+        gradient_bias.main()
+        return [re.split(r" *\| *", line) for line in capsys.readouterr().out.splitlines()]
+
+    path = newest(pretrained[1])
+    _, head, _, *rows = bias(path, "--batch-sizes", 8, 24, "--gamma", 1, "--visits", 2, "--passes", 2, "-j", 1)
+    assert head == ["", "loss", "`--t`", "`--gamma`", "batch 8", "batch 24", ""]
+    assert [row[1:4] for row in rows] == [
+        ["SimCLR", "0.1", ""], ["SogCLR", "0.1", "1.0"], ["SogCLR, u of the checkpoint", "0.1", "0.9"]]
+    assert all(re.fullmatch(r"\d+\.\d°, \d\.\d\d", cell) for row in rows[:2] for cell in row[4:6])
+    assert rows[1][5] == "0.0°, 0.00"
+    assert rows[2][4] != ""
+    assert rows[2][5] == ""
+
+    foreign = tmp_path / "foreign.pth.tar"
+    torch.save({"epoch": 1, "state_dict": {}}, foreign)
+    for args, message in (((path, "--batch-sizes", 25), "--batch-sizes: batches of 25 do not fit 24 images"),
+                          ((path, "--images", 7), "--images: batches of 8 do not fit 7 images"),
+                          ((path, "--data", imagenet / "val"), "has no folder 'train'"),
+                          ((foreign,), "lacks settings")):
+        with pytest.raises(SystemExit, match="2"):
+            bias(*args)
+        assert message in capsys.readouterr().err
 
 
 def test_shapes_and_unlabelled_folders(imagenet, tmp_path):
