@@ -3,7 +3,7 @@
 # then linear evaluation, classic and of cached features, at eight rates each, and kNN; a table and a plot of all.
 # Needs: 1 GPU for all of it. LOSSES, BATCHES, SEEDS and PROTOCOLS choose a part; LINCLS holds further flags for
 # lincls.py, CLASSIC those for its classic protocol alone; OUT takes the runs, results.md and results.png. VARIANTS: each
-# line holds flags of train.py that differ, for a set of runs of its own (an empty line is the settings as they are).
+# line holds flags of train.py, for a further set of runs with them, beside that without (then there is no plot).
 # JOBS=4 trains four at a time, each with its log in OUT, where one alone leaves the device idle. Not measured on a GPU:
 # the CPU-sized version is cifar10_batch_size_cpu.sh.
 # Arguments are appended to train.py's, so its other flags can be overridden; other settings want another OUT. The same
@@ -19,8 +19,11 @@ done
 python=${PYTHON:-python3}
 out=${OUT:-saved_models/cifar10_batch_size}
 jobs=${JOBS:-1}
-case $jobs in 0* | *[!0-9]*) echo "$0: error: JOBS=$jobs: must be a whole number from 1 on" >&2; exit 2 ;; esac
-mapfile -t variants <<< "${VARIANTS:-}"
+case $jobs in [1-9] | [1-9][0-9]) ;; *) echo "$0: error: JOBS=$jobs: must be a whole number, 1 to 99" >&2; exit 2 ;; esac
+variants=("")
+while read -ra flags; do
+    [ ${#flags[@]} = 0 ] || variants+=("${flags[*]}")
+done <<< "${VARIANTS:-}"
 read -ra lincls <<< "${LINCLS:-}"
 read -ra classic <<< "${CLASSIC:-}"
 rates=(0.001 0.003 0.01 0.03 0.1 0.3 1 3)
@@ -72,7 +75,7 @@ for seed in ${SEEDS:-1 2 3}; do
             for loss in ${LOSSES:-cl dcl}; do
                 case $loss$variant in cl*--gamma*) continue ;; esac         # SimCLR has none
                 read -ra flags <<< "$variant"
-                runs=$out/${loss}_${batch}_$seed${variant:+_${variant// /_}}
+                runs=$out/${loss}_${batch}_$seed${variant:+_${variant//[ \/]/_}}
                 if [ "$jobs" = 1 ]; then
                     one_run "$runs" "$loss" "$batch" "$seed" "$@" "${flags[@]}"
                 else

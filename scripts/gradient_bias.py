@@ -3,19 +3,25 @@
 
     python scripts/gradient_bias.py CHECKPOINT [--batch-sizes 16 64 256] [--t 0.1] [--gamma 1 0.9 0.2]
 
-CHECKPOINT is of train.py; some of its images stand for the data set, and its network is held fixed. For a view of each
-of them the gradient of the global loss, in which every other image is a negative, is known exactly. Beside it stand the
-gradients of SimCLR and of SogCLR when the same views are cut into batches, at random, again and again:
+CHECKPOINT is of train.py; two views of some of its images stand for the data set. The network is held fixed, with
+BatchNorm's running statistics, so that a projection depends on its own image alone. The gradient of the global loss, in
+which the views of all other images are the negatives, is then known exactly. Beside it stand the gradients of SimCLR
+and of SogCLR when the same views are cut into batches, at random, again and again:
 
-    bias   the angle between their mean and the global gradient, in degrees: what no number of steps averages out
+    bias   the angle between their mean and the global gradient, in degrees: what more batches do not average out
     noise  how far a single one is from that mean, in units of the mean's length
 
 All gradients are those with respect to the projections of all images. SogCLR's u come from earlier visits, with other
-views and in other batches, as in training; but since the network does not move, they are not out of date. What that
-adds shows in the row with the u of the checkpoint, if it is SogCLR's.
+views and in other batches, as in training; but since the network does not move, they are not out of date. The ± of an
+angle is a standard error over the passes. At a low temperature few views decide a score: the angles then depend on how
+many images there are.
+
+The last row is of the network instead: the mean of the negatives' score g among the images of a batch by whose own
+statistics BatchNorm normalises them, as in training, in parts of its mean among all of them.
 """
 
 import copy
+import functools
 import math
 import sys
 from pathlib import Path
@@ -27,58 +33,74 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sogclr import InputError, checkpoint
-from sogclr.augment import Augment
+from sogclr.augment import Augment, pil_recipe
 from sogclr.builder import SimCLR, memory_format, resnet
 from sogclr.flags import Parser, number, resolve_precision
 from sogclr.loader import EpochSampler, Loader, TwoViews, fingerprint, open_data_set
-from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, gamma_at
+from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
 from sogclr.subset import Subset
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SETTINGS = ("data_name", "data", "image_size", "crop_min", "bad_images", "augment", "seed", "precision", "arch", "stem",
+            "dim", "mlp_dim", "num_proj_layers", "loss_type", "t")
 
 
-@torch.no_grad()
-def visits(args, saved):
-    """What training would see of some of its images next, were its network to stay as it is.
+class Network:
+    """The network of a checkpoint, and some of its images as training would see them next.
 
-    saved: the checkpoint. Returns which images [N] of the data set were taken, and for each of `args.visits` epochs
-    which of those [n] stood in whole batches and their two views' projections [n, 2, D], of length 1.
+    saved: the checkpoint. Raises InputError where it is not of train.py, and where the images are not those that it was
+    trained on.
     """
-    settings = saved["settings"]
-    if "loss_type" not in settings:
-        raise InputError(f"CHECKPOINT {args.checkpoint}: is of lincls.py, give one of train.py")
-    name = settings["data_name"]
-    data = open_data_set(name, args.data or settings["data"], "train", settings["image_size"], labels=name != "folder")
-    checkpoint.require_same_images(settings, {"images": fingerprint(data.images)}, f"CHECKPOINT {args.checkpoint}")
-    count, batch = min(args.images, len(data.images)), settings["batch_size"]
-    for flag, size in ("--images", batch), ("--batch-sizes", max(args.batch_sizes)):
-        if size > count // batch * batch:
-            raise InputError(f"{flag}: batches of {size} do not fit {count} images in whole batches of {batch}, as the "
-                             "checkpoint's were")
-    rng = np.random.default_rng(0)
-    images = np.sort(rng.permutation(len(data.images))[:count])
-    data.images = Subset(data.images, images)
 
-    _, dtype = resolve_precision(settings["precision"], DEVICE)
-    layout = memory_format(DEVICE, dtype)
-    model = SimCLR(resnet(settings["arch"], settings["stem"]), settings["dim"], settings["mlp_dim"],
-                   settings["num_proj_layers"])
-    model.load_state_dict(checkpoint.without_module(saved["state_dict"]))
-    model.to(DEVICE, memory_format=layout).train()      # BatchNorm as in training: by the batch
-    views = TwoViews(data, settings["seed"], settings["crop_min"], Augment.num_draws, settings["bad_images"])
-    order = EpochSampler(count, batch, settings["seed"], shuffle=True, drop_last=True)
-    loader = Loader(views, order, args.workers, DEVICE,
-                    Augment(data.mean, data.std, data.blur, dtype, layout).to(DEVICE))
-    seen = []
-    for epoch in range(saved["epoch"], saved["epoch"] + args.visits):
-        index, z = [], []
-        for view1, view2, batch_index in loader.epoch(epoch):
-            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+    def __init__(self, args, saved, device):
+        settings, source = saved["settings"], f"CHECKPOINT {args.checkpoint}"
+        if not isinstance(settings, dict) or any(name not in settings for name in SETTINGS):
+            raise InputError(f"{source}: does not tell how it was trained, give one of this repository's train.py")
+        self.settings, self.device, self.workers, self.epoch = settings, device, args.workers, saved["epoch"]
+        name, folder = settings["data_name"], args.data or settings["data"]
+        self.data = open_data_set(name, folder, "train", settings["image_size"], labels=name != "folder")
+        checkpoint.require_same_images(settings, {"images": fingerprint(self.data.images)}, source)
+        count = min(args.images, len(self.data.images))
+        for size in args.batch_sizes:
+            if size > count:
+                raise InputError(f"--batch-sizes {size}: only {count} images are looked at, see --images")
+        chosen = np.random.default_rng(0).permutation(len(self.data.images))[:count]
+        self.data.images = Subset(self.data.images, np.sort(chosen))
+
+        _, self.dtype = resolve_precision(settings["precision"], device)
+        self.layout = memory_format(device, self.dtype)
+        self.model = SimCLR(resnet(settings["arch"], settings["stem"]), settings["dim"], settings["mlp_dim"],
+                            settings["num_proj_layers"])
+        try:
+            self.model.load_state_dict(checkpoint.without_module(saved["state_dict"]))
+        except RuntimeError as error:
+            raise InputError(f"{source}: its weights are not those of its --arch {settings['arch']}") from error
+        self.model.to(device, memory_format=self.layout).eval()
+
+    @torch.no_grad()
+    def project(self, visit, batch_size, batch_statistics=False):
+        """[N, 2, D] the projections, of length 1, of the two views that each image has at a visit.
+
+        visit: which, from 0. batch_statistics: BatchNorm normalises each batch by its own, and the images come batch by
+        batch, at random, without an incomplete last one.
+        """
+        data, settings = self.data, self.settings
+        recipe = None
+        if settings["augment"] == "pil":
+            recipe = pil_recipe(data.image_size, settings["crop_min"], data.mean, data.std, data.blur)
+        seed = settings["seed"]
+        views = TwoViews(data, seed, settings["crop_min"], Augment.num_draws, settings["bad_images"], recipe)
+        order = EpochSampler(len(data.images), batch_size, seed, shuffle=batch_statistics, drop_last=batch_statistics)
+        augment = Augment(data.mean, data.std, data.blur, self.dtype, self.layout).to(self.device)
+        model = copy.deepcopy(self.model).train(batch_statistics)
+        z, index = [], []
+        for view1, view2, batch in Loader(views, order, self.workers, self.device, augment).epoch(self.epoch + visit):
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 z.append(torch.stack(model(view1, view2), dim=1).float())
-            index.append(batch_index)
-        seen.append((torch.cat(index), F.normalize(torch.cat(z), dim=2)))
-        print(f"=> {len(seen)} of {args.visits} visits", file=sys.stderr)
-    return images, seen
+            index.append(batch)
+        index = torch.cat(index)
+        if len(index.unique()) < len(index):
+            raise InputError("--data: an image that cannot be read has been replaced by another, remove it")
+        return F.normalize(torch.cat(z), dim=2)
 
 
 def gradient(criterion, z, index):
@@ -89,93 +111,90 @@ def gradient(criterion, z, index):
 
 
 def batches(n, batch_size, generator):
-    """A random cut of n images into whole batches, as indices [batch_size] each; what is left over is left out."""
-    order = torch.randperm(n, generator=generator)
-    return order[:n // batch_size * batch_size].split(batch_size)
-
-
-class Passes:
-    """The gradients [n, 2, D] of several passes over the same views, each cut into batches in another way.
-
-    Two sums are kept, of every other pass: their product has no part of the noise, which each of them has of its own.
+    """A random cut of n images into batches: for each its indices [batch_size], and how many of them, the first, are
+    new. A last batch that would be incomplete takes images of earlier ones too.
     """
-
-    def __init__(self):
-        self.sums, self.counts, self.squares = [0, 0], [0, 0], 0
-        self.passes = 0
-
-    def add(self, gradients, present):
-        """gradients [n, 2, D], 0 where an image was left out; present [n]: 1 where it was not, else 0."""
-        half = self.passes % 2
-        self.sums[half] = self.sums[half] + gradients
-        self.counts[half] = self.counts[half] + present
-        self.squares += gradients.square().sum().item()
-        self.passes += 1
-
-    def against(self, truth):
-        """(bias in degrees, noise in units of the mean's length), see above. truth: [n, 2, D]."""
-        first, second = (total / count.clamp_min(1)[:, None, None]
-                         for total, count in zip(self.sums, self.counts, strict=True))
-        scale = ((first + second) / 2 * truth).sum() / truth.square().sum()
-        astray = ((first - scale * truth) * (second - scale * truth)).sum().clamp_min(0).sqrt()
-        mean_square = self.squares * len(truth) / (self.counts[0] + self.counts[1]).sum().item()
-        square_of_mean = (first * second).sum().clamp_min(torch.finfo(first.dtype).tiny).item()
-        noise = math.sqrt(max(mean_square / square_of_mean - 1, 0))
-        return math.degrees(math.atan2(astray, scale * truth.norm())), noise
+    order = torch.randperm(n, generator=generator)
+    for start in range(0, n, batch_size):
+        rows = order[start:start + batch_size]
+        yield torch.cat([rows, order[:batch_size - len(rows)]]), len(rows)
 
 
-def measure(criterion, visit, batch_size, truth, passes, generator):
-    """(bias, noise) of a loss on a visit's views in batches of a size; each pass starts with the u that it has."""
-    (index, z), gradients = visit, Passes()
-    start = copy.deepcopy(criterion.state_dict())
-    for _ in range(passes):
-        criterion.load_state_dict(start)
-        one, present = torch.zeros_like(z), torch.zeros(len(z), device=z.device)
-        for rows in batches(len(z), batch_size, generator):
-            one[rows], present[rows] = gradient(criterion, z[rows], index[rows]), 1
-        gradients.add(one, present)
-    return gradients.against(truth)
+def measure(make_criterion, earlier, z, batch_size, truth, passes, generator):
+    """`bias_and_noise` of a loss on z [N, 2, D] in batches of a size.
+
+    make_criterion: makes the loss, anew for each pass, which it begins by a look at the `earlier` visits, a list of
+    [N, 2, D]; truth: [N, 2, D].
+    """
+    gradients = torch.empty(passes, *z.shape, device=z.device)
+    for one in gradients:
+        criterion = make_criterion()
+        for visit in earlier:
+            for rows, _ in batches(len(z), batch_size, generator):
+                criterion(*visit[rows].unbind(1), rows)
+        for rows, new in batches(len(z), batch_size, generator):
+            one[rows[:new]] = gradient(criterion, z[rows], rows)[:new]
+    return bias_and_noise(gradients.flatten(1), truth.flatten())
 
 
-def follow(criterion, seen, batch_size, generator):
-    """Let SogCLR's loss make its u out of visits, in batches of a size. Returns it."""
-    for index, z in seen:
-        for rows in batches(len(z), batch_size, generator):
-            criterion(*z[rows].unbind(1), index[rows])
-    return criterion
+def bias_and_noise(gradients, truth):
+    """(bias in degrees, its standard error, noise in units of the mean's length), see above.
+
+    gradients: [passes, n]; truth: [n]. For the bias only products of different passes count, since they share no noise.
+    Its standard error is the jackknife's, over the passes.
+    """
+    passes, pairs = len(gradients), len(gradients) * (len(gradients) - 1)
+    scale = (gradients.mean(0) @ truth / (truth @ truth)).double()
+    astray = gradients - scale.to(truth) * truth
+    products = (astray @ astray.T).double().fill_diagonal_(0)                   # [passes, passes]
+    length = scale * truth.norm()                                               # of the mean, along the truth
+
+    def degrees(square):
+        """Below zero where the noise that is left makes the square so."""
+        return torch.rad2deg(torch.atan2(square.abs().sqrt(), length)) * square.sign()
+
+    square = products.sum() / pairs                                             # of the mean, across the truth
+    without = degrees((products.sum() - 2 * products.sum(1)) / (pairs - 2 * (passes - 1)))      # each pass in turn
+    error = (without.var(correction=0) * (passes - 1)).sqrt()
+    noise = (gradients.square().sum(1).mean() / (square + length**2) - 1).clamp_min(0).sqrt()
+    return degrees(square).clamp_min(0).item(), error.item(), noise.item()
 
 
-def table(args, saved, images, seen):
-    """The lines of the table, as they are measured. saved: the checkpoint; images, seen: as `visits` returned them."""
-    settings, (*earlier, last), n = saved["settings"], seen, len(seen[-1][0])
-    generator = torch.Generator().manual_seed(0)
+def log_mean_score(z, t):
+    """The log of the mean of g, over the anchors of z [n, 2, D] as one batch."""
+    criterion = GlobalContrastiveLoss(len(z), t, gamma=1.0).to(z.device)
+    criterion(*z.unbind(1), torch.arange(len(z)))
+    return criterion.log_U.logsumexp(0) - math.log(len(criterion.log_U))
 
-    def sogclr(t, gamma):
-        return GlobalContrastiveLoss(len(images), t, gamma).to(DEVICE)
+
+def table(args, network):
+    """The lines of the table, as they are measured."""
+    *earlier, z = (network.project(visit, max(args.batch_sizes)) for visit in range(args.visits))
+    by_batch = [network.project(0, size, batch_statistics=True) for size in args.batch_sizes]
+    N, generator = len(z), torch.Generator().manual_seed(0)
+
+    def row(name, t, gamma, cells):
+        return f"| {name} | {t:g} | {gamma} | " + " | ".join(cells) + " |"
+
+    def cell(make_criterion, visits, size, truth):
+        bias, error, noise = measure(make_criterion, visits, z, size, truth, args.passes, generator)
+        return f"{bias:.1f}° ± {error:.1f}, {noise:.2f}"
 
     yield "| loss | `--t` | `--gamma` | " + " | ".join(f"batch {size}" for size in args.batch_sizes) + " |"
     yield "|---" * (3 + len(args.batch_sizes)) + "|"
-    for t in args.t or [settings["t"]]:
-        truth = gradient(GlobalContrastiveLoss(n, t, gamma=1.0).to(DEVICE), last[1], torch.arange(n))
+    for t in args.t or [network.settings["t"]]:
+        def sogclr(gamma, t=t):
+            return GlobalContrastiveLoss(N, t, gamma).to(z.device)
 
-        def row(name, gamma, criteria, t=t, truth=truth):
-            """criteria: the loss at each of the batch sizes, None where there is none."""
-            cells = ("{:.1f}°, {:.2f}".format(*measure(criterion, last, size, truth, args.passes, generator))
-                     if criterion else "" for criterion, size in zip(criteria, args.batch_sizes, strict=True))
-            return f"| {name} | {t:g} | {gamma} | " + " | ".join(cells) + " |"
-
-        yield row("SimCLR", "", [ContrastiveLoss(t) for _ in args.batch_sizes])
+        truth = gradient(sogclr(1.0), z, torch.arange(N))
+        yield row("SimCLR", t, "", [cell(lambda t=t: ContrastiveLoss(t), [], size, truth) for size in args.batch_sizes])
         for gamma in args.gamma:
-            criteria = [follow(sogclr(t, gamma), earlier, size, generator) for size in args.batch_sizes]
-            yield row("SogCLR", gamma, criteria)
-        if (settings["loss_type"], settings["t"]) == ("dcl", t) and settings["batch_size"] in args.batch_sizes:
-            gamma = settings["gamma"]
-            if settings["gamma_schedule"] == "cosine":
-                gamma = gamma_at(saved["epoch"], gamma, settings["gamma_decay_epochs"])
-            trained = sogclr(t, gamma)
-            trained.u = saved["u"].flatten()[images]
-            yield row("SogCLR, u of the checkpoint", gamma,
-                      [trained if size == settings["batch_size"] else None for size in args.batch_sizes])
+            visits = earlier if gamma < 1 else []       # which leave nothing behind
+            yield row("SogCLR", t, f"{gamma:g}", [cell(functools.partial(sogclr, gamma), visits, size, truth)
+                                                  for size in args.batch_sizes])
+        scores = (torch.stack([log_mean_score(batch, t) for batch in ours.split(size)]).sub_(log_mean_score(ours, t))
+                  .exp_().mean() for ours, size in zip(by_batch, args.batch_sizes, strict=True))
+        yield row("g among a BatchNorm batch", t, "", [f"{score:.2f}" for score in scores])
 
 
 def main():
@@ -187,21 +206,21 @@ def main():
     parser.add_argument("--t", nargs="+", type=number(float, "(0, inf)"), metavar="T",
                         help="temperatures (default: the checkpoint's)")
     parser.add_argument("--gamma", nargs="+", default=[1.0, 0.9, 0.5, 0.2], type=number(float, "(0, 1]"),
-                        help="of the moving averages; 1 is without any")
+                        metavar="G", help="of the moving averages; 1 is without any")
     parser.add_argument("--images", default=5000, type=number(int, "[2, inf)"), metavar="N",
                         help="how many of the checkpoint's images stand for all, drawn at random; memory grows with "
-                             "the square, 5000 take 0.3 GB")
-    parser.add_argument("--visits", default=12, type=number(int, "[1, inf)"), metavar="N",
+                             "the square")
+    parser.add_argument("--visits", default=12, type=number(int, "[2, inf)"), metavar="N",
                         help="of each image; all but the last make u")
-    parser.add_argument("--passes", default=20, type=number(int, "[2, inf)"), metavar="N",
+    parser.add_argument("--passes", default=20, type=number(int, "[3, inf)"), metavar="N",
                         help="ways to cut the last visit's views into batches")
     parser.add_argument("-j", "--workers", default=8, type=number(int, "[0, inf)"), metavar="N",
                         help="data loading processes, at most one a core")
     args = parser.parse_args()
     try:
         saved = checkpoint.load(args.checkpoint, "CHECKPOINT", ("epoch", "state_dict", "settings"))
-        images, seen = visits(args, saved)
-        for line in table(args, saved, images, seen):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for line in table(args, Network(args, saved, device)):
             print(line, flush=True)
     except InputError as error:
         parser.error(str(error))

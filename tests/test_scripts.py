@@ -475,8 +475,8 @@ def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_pat
 
 
 def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypatch, capsys):
-    """It must show each loss at each batch, and the checkpoint's own u at its own; in one batch of all images nothing
-    is off. What it cannot take is one line.
+    """It must show each loss at each batch; in one batch of all images neither SogCLR's gradient nor the score by
+    BatchNorm's batch is off. What it cannot take is one line.
     """
     def bias(*args):
         monkeypatch.setattr(sys, "argv", ["gradient_bias.py", *map(str, args)])
@@ -484,21 +484,22 @@ def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypat
         return [re.split(r" *\| *", line) for line in capsys.readouterr().out.splitlines()]
 
     path = newest(pretrained[1])
-    _, head, _, *rows = bias(path, "--batch-sizes", 8, 24, "--gamma", 1, "--visits", 2, "--passes", 2, "-j", 1)
-    assert head == ["", "loss", "`--t`", "`--gamma`", "batch 8", "batch 24", ""]
-    assert [row[1:4] for row in rows] == [
-        ["SimCLR", "0.1", ""], ["SogCLR", "0.1", "1.0"], ["SogCLR, u of the checkpoint", "0.1", "0.9"]]
-    assert all(re.fullmatch(r"\d+\.\d°, \d\.\d\d", cell) for row in rows[:2] for cell in row[4:6])
-    assert rows[1][5] == "0.0°, 0.00"
-    assert rows[2][4] != ""
-    assert rows[2][5] == ""
+    few = "--visits", 3, "--passes", 3, "-j", 1
+    _, head, _, *rows = bias(path, "--batch-sizes", 5, 20, "--gamma", 1, 0.2, "--images", 20, *few)
+    assert head == ["", "loss", "`--t`", "`--gamma`", "batch 5", "batch 20", ""]
+    assert [row[1:4] for row in rows] == [["SimCLR", "0.1", ""], ["SogCLR", "0.1", "1"], ["SogCLR", "0.1", "0.2"],
+                                          ["g among a BatchNorm batch", "0.1", ""]]
+    assert all(re.fullmatch(r"\d+\.\d° ± \d+\.\d, \d+\.\d\d", cell) for row in rows[:3] for cell in row[4:6])
+    assert rows[1][5] == "0.0° ± 0.0, 0.00"
+    assert rows[2][5] != rows[1][5]         # u knows other views
+    assert float(rows[3][4]) < float(rows[3][5]) == 1
 
-    foreign = tmp_path / "foreign.pth.tar"
+    foreign, other = tmp_path / "foreign.pth.tar", tmp_path / "other.pth.tar"
     torch.save({"epoch": 1, "state_dict": {}}, foreign)
-    for args, message in (((path, "--batch-sizes", 25), "--batch-sizes: batches of 25 do not fit 24 images"),
-                          ((path, "--images", 7), "--images: batches of 8 do not fit 7 images"),
+    torch.save({"epoch": 1, "state_dict": {}, "settings": {"lr": 0.1}}, other)
+    for args, message in (((path, "--batch-sizes", 25), "--batch-sizes 25: only 24 images are looked at"),
                           ((path, "--data", imagenet / "val"), "has no folder 'train'"),
-                          ((foreign,), "lacks settings")):
+                          ((foreign,), "lacks settings"), ((other,), "does not tell how it was trained")):
         with pytest.raises(SystemExit, match="2"):
             bias(*args)
         assert message in capsys.readouterr().err
