@@ -81,8 +81,8 @@ for seed in ${SEEDS:-1 2 3}; do
                 else
                     leave_fewer_than "$jobs"
                     echo "=> $runs.log"
-                    trap ':' INT
-                    (trap - INT; one_run "$runs" "$loss" "$batch" "$seed" "$@" "${flags[@]}") >> "$runs.log" 2>&1 &
+                    trap ':' INT        # so that the script waits for them, which get it too
+                    one_run "$runs" "$loss" "$batch" "$seed" "$@" "${flags[@]}" >> "$runs.log" 2>&1 &
                     running=$((running + 1))
                 fi
             done

@@ -1,7 +1,9 @@
 """What the shell scripts ask of train.py and lincls.py, told by a stand-in for python; `test_scripts` runs them."""
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import lincls
 import train
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-# Writes down its arguments; in the place of train.py it also leaves a checkpoint, under a name as train.py's: where
-# BESIDE is a folder, after it has met a second one there; where FAILS is its seed, it ends with code 75 instead.
+# Writes down its arguments; in the place of train.py it also leaves a checkpoint, under a name as train.py's. Where
+# BESIDE is a folder, it first meets a second one there, and notes how many are there half a second later; where FAILS
+# is its seed, it does not wait so long and ends with code 75; where LONG is set, it goes on until Ctrl-C.
 STAND_IN = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$CALLS"
 if [ "$1" = train.py ]; then
@@ -20,34 +23,54 @@ if [ "$1" = train.py ]; then
         shift
     done
     if [ -d "$BESIDE" ]; then
-        touch "$BESIDE/$$"
-        for _ in {1..100}; do
+        touch "$BESIDE/$seed"
+        for _ in {1..200}; do
             here=("$BESIDE"/*)
             [ ${#here[@]} -lt 2 ] || break
             sleep 0.1
         done
-        [ ${#here[@]} -ge 2 ] || exit 3
+        [ "$seed" != "$FAILS" ] || exit 75
+        trap 'echo "stopped --seed $seed" >> "$CALLS"; exit 75' INT
+        for _ in {1..300}; do
+            [ -n "$LONG" ] || break
+            sleep 0.1
+        done
+        sleep 0.5
+        here=("$BESIDE"/*)
+        echo "together ${#here[@]}" >> "$CALLS"
+        rm "$BESIDE/$seed"
     fi
-    [ "$seed" != "${FAILS:-none}" ] || exit 75
     mkdir -p "$save_dir/some_bz_${batch}_lr_$lr" && touch "$save_dir/some_bz_${batch}_lr_$lr/checkpoint_last.pth.tar"
 fi
 """
 
 
+def hear_ctrl_c():
+    """What the tests were started by may have closed its ears."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def calls(tmp_path):
-    """A function that runs a script with flags and variables of the environment, and returns its calls of python."""
+    """A function that runs a script with flags and variables of the environment, and returns its calls of python, or
+    what it says of its end where its code is not 0. It gets Ctrl-C when `interrupt` has returned.
+    """
     python, file = tmp_path / "python", tmp_path / "calls"
     python.write_text(STAND_IN)
     python.chmod(0o755)
 
-    def run(script, *flags, code=0, **variables):
+    def run(script, *flags, code=0, interrupt=None, **variables):
         file.write_text("")
         kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        done = subprocess.run(["bash", SCRIPTS / script, *map(str, flags)], text=True, capture_output=True, timeout=60,
-                              env=kept | {"PYTHON": str(python), "CALLS": str(file)} | variables)
-        assert done.returncode == code, done.stdout + done.stderr
-        return [line.split() for line in file.read_text().splitlines()] if code == 0 else done.stderr
+        process = subprocess.Popen(["bash", SCRIPTS / script, *map(str, flags)], text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, start_new_session=True, preexec_fn=hear_ctrl_c,
+                                   env=kept | {"PYTHON": str(python), "CALLS": str(file)} | variables)
+        if interrupt:
+            interrupt()
+            os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == code, output + errors
+        return [line.split() for line in file.read_text().splitlines()] if code == 0 else errors
 
     return run
 
@@ -119,26 +142,43 @@ def test_batch_size_experiment(calls, tmp_path):
     assert sorted(trained) == [(loss, batch, seed) for loss in ("cl", "dcl") for batch in (8, 16) for seed in (1, 2)]
 
 
-def test_batch_size_experiment_side_by_side(calls, tmp_path):
-    """With JOBS=2 two runs must go on at a time, each with its log, and the table come when all have ended; when one is
-    stopped, those beside it are waited for, no more begin, and its code is the script's.
-    """
-    beside = tmp_path / "beside"
-    beside.mkdir()
-    variables = {"OUT": str(tmp_path / "out"), "JOBS": "2", "BATCHES": "8", "LOSSES": "dcl", "PROTOCOLS": "knn",
-                 "BESIDE": str(beside)}
-    *done, collect = calls("cifar10_batch_size.sh", SEEDS="1 2 3", **variables)
-    assert sorted(call[0] for call in done) == 3 * ["lincls.py"] + 3 * ["train.py"]
-    assert collect[0] == "scripts/collect_results.py"
-    assert {settings(train, call)["workers"] for call in done if call[0] == "train.py"} == {8}
-    assert sorted(file.stem for file in (tmp_path / "out").glob("*.log")) == ["dcl_8_1", "dcl_8_2", "dcl_8_3"]
+@pytest.fixture
+def side_by_side(tmp_path):
+    """Variables of the environment for runs at the same time, see STAND_IN."""
+    (tmp_path / "beside").mkdir()
+    return {"OUT": str(tmp_path / "out"), "JOBS": "2", "BATCHES": "8", "LOSSES": "dcl", "PROTOCOLS": "knn",
+            "BESIDE": str(tmp_path / "beside")}
 
-    message = calls("cifar10_batch_size.sh", SEEDS="1 2 3 4", FAILS="1", code=75, **variables)
-    assert "stops with code 75 when" in message
-    made = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [call[0] for call in made if "collect" in call[0]] == []
-    assert {settings(train, call)["seed"] for call in made if call[0] == "train.py"} in ({1, 2}, {1, 2, 3})
+
+def test_batch_size_experiment_side_by_side(calls, side_by_side, tmp_path):
+    """With JOBS=2 there must always be two runs, each with its log, and the table when all have ended."""
+    *done, collect = calls("cifar10_batch_size.sh", SEEDS="1 2 3 4", **side_by_side)
+    assert collect[0] == "scripts/collect_results.py"
+    assert sorted(call[0] for call in done) == 4 * ["lincls.py"] + 4 * ["together"] + 4 * ["train.py"]
+    assert max(int(call[1]) for call in done if call[0] == "together") == 2
+    assert {settings(train, call)["workers"] for call in done if call[0] == "train.py"} == {8}
+    assert len(list((tmp_path / "out").glob("dcl_8_[1-4].log"))) == 4
     assert "JOBS=two: must be" in calls("cifar10_batch_size.sh", JOBS="two", code=2)
+
+
+def test_a_run_that_stops_ends_the_experiment(calls, side_by_side, tmp_path):
+    """Those beside it must be waited for, no more begin, and its code be the script's."""
+    assert "stops with code 75" in calls("cifar10_batch_size.sh", SEEDS="1 2 3", FAILS="1", code=75, **side_by_side)
+    made = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert sorted(call[0] for call in made) == ["lincls.py", "together", "train.py", "train.py"]
+
+
+def test_ctrl_c_stops_all_runs(calls, side_by_side, tmp_path):
+    """Ctrl-C goes to all processes; each run must hear it, and the script wait for their ends."""
+    def press():
+        deadline = time.monotonic() + 30
+        while len(list((tmp_path / "beside").iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.5)
+
+    calls("cifar10_batch_size.sh", SEEDS="1 2 3", LONG="yes", code=130, interrupt=press, **side_by_side)
+    made = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert sorted(call[0] for call in made) == ["stopped", "stopped", "train.py", "train.py"]
 
 
 def test_what_of_sogclr_helps(calls, tmp_path):
