@@ -12,9 +12,8 @@ and of SogCLR when the same views are cut into batches, at random, again and aga
     noise  how far a single one is from that mean, in units of the mean's length
 
 All gradients are those with respect to the projections of all images. SogCLR's u come from earlier visits, with other
-views and in other batches, as in training; but since the network does not move, they are not out of date. The ± of an
-angle is a standard error over the passes. At a low temperature few views decide a score: the angles then depend on how
-many images there are.
+views and in other batches, as in training; but since the network does not move, they are not out of date. At a low
+temperature few views decide a score: the angles then depend on how many images there are.
 
 The last row is of the network instead: the mean of the negatives' score g among the images of a batch by whose own
 statistics BatchNorm normalises them, as in training, in parts of its mean among all of them.
@@ -171,14 +170,15 @@ def table(args, network):
     """The lines of the table, as they are measured."""
     *earlier, z = (network.project(visit, max(args.batch_sizes)) for visit in range(args.visits))
     by_batch = [network.project(0, size, batch_statistics=True) for size in args.batch_sizes]
-    N, generator = len(z), torch.Generator().manual_seed(0)
+    N, generator, errors = len(z), torch.Generator().manual_seed(0), []
 
     def row(name, t, gamma, cells):
         return f"| {name} | {t:g} | {gamma} | " + " | ".join(cells) + " |"
 
     def cell(make_criterion, visits, size, truth):
         bias, error, noise = measure(make_criterion, visits, z, size, truth, args.passes, generator)
-        return f"{bias:.1f}° ± {error:.1f}, {noise:.2f}"
+        errors.append(error)
+        return f"{bias:.1f}°, {noise:.2f}"
 
     yield "| loss | `--t` | `--gamma` | " + " | ".join(f"batch {size}" for size in args.batch_sizes) + " |"
     yield "|---" * (3 + len(args.batch_sizes)) + "|"
@@ -195,6 +195,9 @@ def table(args, network):
         scores = (torch.stack([log_mean_score(batch, t) for batch in ours.split(size)]).sub_(log_mean_score(ours, t))
                   .exp_().mean() for ours, size in zip(by_batch, args.batch_sizes, strict=True))
         yield row("g among a BatchNorm batch", t, "", [f"{score:.2f}" for score in scores])
+    yield ""
+    yield (f"{N} images, {args.visits} visits, {args.passes} passes; standard errors of the angles: at most "
+           f"{max(errors):.2f}°")
 
 
 def main():
