@@ -1,18 +1,29 @@
 #!/usr/bin/env bash
-# A small batch does not harm: SimCLR (cl) and SogCLR (dcl) on CIFAR-10 at several batch sizes, everything else the same;
-# then linear evaluation, classic and of cached features, at eight rates each, and kNN; a table and a plot of all.
-# Needs: 1 GPU for all of it. LOSSES, BATCHES, SEEDS and PROTOCOLS choose a part; LINCLS holds further flags for
-# lincls.py, CLASSIC those for its classic protocol alone; OUT takes the runs, results.md and results.png. VARIANTS: each
-# line holds flags of train.py, for a further set of runs with them, beside that without (then there is no plot).
-# JOBS=4 trains four at a time, each with its log in OUT, where one alone leaves the device idle. Not measured on a GPU:
-# the CPU-sized version is cifar10_batch_size_cpu.sh.
+# A small batch does not harm: SimCLR (cl) and SogCLR (dcl) on CIFAR-10 at several batch sizes, everything else the same,
+# with a ResNet-18; then linear evaluation, classic and of cached features, at eight rates each, and kNN; a table and a
+# plot of all. In the environment:
+#   LOSSES="cl dcl" BATCHES="32 64 128 256 512" SEEDS="1 2 3" PROTOCOLS="classic cached knn"   what to do: all, or a part
+#   DATA_NAME=cifar10 DATA=DIR OUT=DIR    the images, as in train.py; and where runs, results.md and results.png go
+#   LINCLS, CLASSIC     further flags for lincls.py, and for its classic protocol alone
+#   VARIANTS            each line holds flags of train.py, for a further set of runs with them, beside that without (then
+#                       there is no plot); those with --gamma are SogCLR's alone
+#   JOBS=4              trains four at a time, each with its log in OUT, where one alone leaves the device idle
+# Needs: 1 GPU for all of it, on which it is not measured; the CPU-sized version is cifar10_batch_size_cpu.sh.
 # Arguments are appended to train.py's, so its other flags can be overridden; other settings want another OUT. The same
 # command continues where it was cut off.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for flag in "$@" ${VARIANTS:-}; do
+    case $flag in -h | --help) sed -n '1d; /^set /q; s/^# \{0,1\}//p' "$0"; exit ;; esac
     case $flag in --arch* | -a | --image-size* | --batch-size* | -b | --seed* | --loss_type* | --save_dir* | --data*)
         echo "$0: error: $flag: is the script's own, see its head for LOSSES, BATCHES, SEEDS, OUT and DATA" >&2
+        exit 2 ;;
+    esac
+done
+protocols=${PROTOCOLS:-classic cached knn}
+for protocol in $protocols; do
+    case $protocol in classic | cached | knn) ;; *)
+        echo "$0: error: PROTOCOLS: knows classic, cached and knn, not $protocol" >&2
         exit 2 ;;
     esac
 done
@@ -31,6 +42,11 @@ rates=(0.001 0.003 0.01 0.03 0.1 0.3 1 3)
 # Pretraining and evaluation: FOLDER LOSS BATCH SEED [flags of train.py]
 one_run() {
     local runs=$1 loss=$2 batch=$3 seed=$4
+    local all="$* | $protocols | ${LINCLS:-} | ${CLASSIC:-}"
+    if [ "$(cat "$runs/finished" 2> /dev/null)" = "$all" ]; then
+        echo "=> $runs: is finished"
+        return
+    fi
     local common=(--data_name "${DATA_NAME:-cifar10}" --data "${DATA:-data/cifar10}" --image-size 32 --arch resnet18
                   --seed "$seed" --workers "$((jobs < 16 ? 16 / jobs : 1))" --save_dir "$runs" --resume auto
                   --print-freq 100)
@@ -42,14 +58,14 @@ one_run() {
         exit 2
     fi
     local protocol evaluate=("$python" lincls.py "${common[@]}" --pretrained "${checkpoint[0]}" "${lincls[@]}")
-    for protocol in ${PROTOCOLS:-classic cached knn}; do
+    for protocol in $protocols; do
         case $protocol in
             classic) "${evaluate[@]}" --lr "${rates[@]}" "${classic[@]}" ;;
             cached) "${evaluate[@]}" --lr "${rates[@]}" --features cached ;;
             knn) "${evaluate[@]}" --knn ;;
-            *) echo "PROTOCOLS: knows classic, cached and knn, not $protocol" >&2; exit 2 ;;
         esac
     done
+    echo "$all" > "$runs/finished"
 }
 
 # Waits until fewer than $1 runs are left. Where one has failed, and at Ctrl-C, which the runs hear themselves, the script

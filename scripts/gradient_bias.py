@@ -40,7 +40,7 @@ from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
 from sogclr.subset import Subset
 
 SETTINGS = ("data_name", "data", "image_size", "crop_min", "bad_images", "augment", "seed", "precision", "arch", "stem",
-            "dim", "mlp_dim", "num_proj_layers", "loss_type", "t")
+            "dim", "mlp_dim", "num_proj_layers", "t")
 
 
 class Network:
@@ -96,6 +96,7 @@ class Network:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 z.append(torch.stack(model(view1, view2), dim=1).float())
             index.append(batch)
+        print(f"=> visit {visit} of {len(data.images)} images", file=sys.stderr)
         index = torch.cat(index)
         if len(index.unique()) < len(index):
             raise InputError("--data: an image that cannot be read has been replaced by another, remove it")

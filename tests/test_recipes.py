@@ -158,6 +158,10 @@ def test_batch_size_experiment_side_by_side(calls, side_by_side, tmp_path):
     assert max(int(call[1]) for call in done if call[0] == "together") == 2
     assert {settings(train, call)["workers"] for call in done if call[0] == "train.py"} == {8}
     assert len(list((tmp_path / "out").glob("dcl_8_[1-4].log"))) == 4
+    again, = calls("cifar10_batch_size.sh", SEEDS="1 2 3 4", **side_by_side)        # nothing is done twice
+    assert again[0] == "scripts/collect_results.py"
+    assert len(calls("cifar10_batch_size.sh", SEEDS="1", **side_by_side | {"PROTOCOLS": "cached", "BESIDE": ""})) == 3
+    assert "not foo" in calls("cifar10_batch_size.sh", PROTOCOLS="knn foo", code=2)
     assert "JOBS=two: must be" in calls("cifar10_batch_size.sh", JOBS="two", code=2)
 
 
