@@ -42,7 +42,7 @@ rates=(0.001 0.003 0.01 0.03 0.1 0.3 1 3)
 # Pretraining and evaluation: FOLDER LOSS BATCH SEED [flags of train.py]
 one_run() {
     local runs=$1 loss=$2 batch=$3 seed=$4
-    local all="$* | $protocols | ${LINCLS:-} | ${CLASSIC:-}"
+    local all="$* | $protocols | ${LINCLS:-} | ${CLASSIC:-} | ${DATA_NAME:-} | ${DATA:-}"
     if [ "$(cat "$runs/finished" 2> /dev/null)" = "$all" ]; then
         echo "=> $runs: is finished"
         return

@@ -56,24 +56,30 @@ class Network:
             raise InputError(f"{source}: does not tell how it was trained, give one of this repository's train.py")
         self.settings, self.device, self.workers, self.epoch = settings, device, args.workers, saved["epoch"]
         name, folder = settings["data_name"], args.data or settings["data"]
-        self.data = open_data_set(name, folder, "train", settings["image_size"], labels=name != "folder")
-        checkpoint.require_same_images(settings, {"images": fingerprint(self.data.images)}, source)
-        count = min(args.images, len(self.data.images))
+        data = open_data_set(name, folder, "train", settings["image_size"], labels=name != "folder")
+        checkpoint.require_same_images(settings, {"images": fingerprint(data.images)}, source)
+        count = self.num_images = min(args.images, len(data.images))
         for size in args.batch_sizes:
             if size > count:
                 raise InputError(f"--batch-sizes {size}: only {count} images are looked at, see --images")
-        chosen = np.random.default_rng(0).permutation(len(self.data.images))[:count]
-        self.data.images = Subset(self.data.images, np.sort(chosen))
+        chosen = np.random.default_rng(0).permutation(len(data.images))[:count]
+        data.images = Subset(data.images, np.sort(chosen))
 
+        recipe = None
+        if settings["augment"] == "pil":
+            recipe = pil_recipe(data.image_size, settings["crop_min"], data.mean, data.std, data.blur)
+        self.views = TwoViews(data, settings["seed"], settings["crop_min"], Augment.num_draws, settings["bad_images"],
+                              recipe)
         _, self.dtype = resolve_precision(settings["precision"], device)
-        self.layout = memory_format(device, self.dtype)
+        layout = memory_format(device, self.dtype)
+        self.augment = Augment(data.mean, data.std, data.blur, self.dtype, layout).to(device)
         self.model = SimCLR(resnet(settings["arch"], settings["stem"]), settings["dim"], settings["mlp_dim"],
                             settings["num_proj_layers"])
         try:
             self.model.load_state_dict(checkpoint.without_module(saved["state_dict"]))
         except RuntimeError as error:
             raise InputError(f"{source}: its weights are not those of its --arch {settings['arch']}") from error
-        self.model.to(device, memory_format=self.layout).eval()
+        self.model.to(device, memory_format=layout).eval()
 
     @torch.no_grad()
     def project(self, visit, batch_size, batch_statistics=False):
@@ -82,21 +88,16 @@ class Network:
         visit: which, from 0. batch_statistics: BatchNorm normalises each batch by its own, and the images come batch by
         batch, at random, without an incomplete last one.
         """
-        data, settings = self.data, self.settings
-        recipe = None
-        if settings["augment"] == "pil":
-            recipe = pil_recipe(data.image_size, settings["crop_min"], data.mean, data.std, data.blur)
-        seed = settings["seed"]
-        views = TwoViews(data, seed, settings["crop_min"], Augment.num_draws, settings["bad_images"], recipe)
-        order = EpochSampler(len(data.images), batch_size, seed, shuffle=batch_statistics, drop_last=batch_statistics)
-        augment = Augment(data.mean, data.std, data.blur, self.dtype, self.layout).to(self.device)
-        model = copy.deepcopy(self.model).train(batch_statistics)
+        order = EpochSampler(self.num_images, batch_size, self.settings["seed"], shuffle=batch_statistics,
+                             drop_last=batch_statistics)
+        loader = Loader(self.views, order, self.workers, self.device, self.augment)
+        model = copy.deepcopy(self.model).train(batch_statistics)       # whose running statistics would move
         z, index = [], []
-        for view1, view2, batch in Loader(views, order, self.workers, self.device, augment).epoch(self.epoch + visit):
+        for view1, view2, batch in loader.epoch(self.epoch + visit):
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 z.append(torch.stack(model(view1, view2), dim=1).float())
             index.append(batch)
-        print(f"=> visit {visit} of {len(data.images)} images", file=sys.stderr)
+        print(f"=> visit {visit} of {self.num_images} images", file=sys.stderr)
         index = torch.cat(index)
         if len(index.unique()) < len(index):
             raise InputError("--data: an image that cannot be read has been replaced by another, remove it")

@@ -161,6 +161,8 @@ def test_batch_size_experiment_side_by_side(calls, side_by_side, tmp_path):
     again, = calls("cifar10_batch_size.sh", SEEDS="1 2 3 4", **side_by_side)        # nothing is done twice
     assert again[0] == "scripts/collect_results.py"
     assert len(calls("cifar10_batch_size.sh", SEEDS="1", **side_by_side | {"PROTOCOLS": "cached", "BESIDE": ""})) == 3
+    others = side_by_side | {"DATA": "elsewhere", "BESIDE": ""}
+    assert len(calls("cifar10_batch_size.sh", SEEDS="2", **others)) == 3
     assert "not foo" in calls("cifar10_batch_size.sh", PROTOCOLS="knn foo", code=2)
     assert "JOBS=two: must be" in calls("cifar10_batch_size.sh", JOBS="two", code=2)
 
