@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -91,6 +92,33 @@ def peak_bytes(function):
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def on_the_gpu(function):
+    """What a call gives the GPU to do: how many kernels and copies, and how many ms they take. A call that takes longer
+    is bound by the host.
+    """
+    function()
+    synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        function()
+        synchronize()
+    kernels = [event for event in record.events()
+               if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    return {"kernels": len(kernels), "GPU ms": sum(event.time_range.elapsed_us() for event in kernels) / 1000}
+
+
+def captured(function):
+    """The same, without arguments or a result, as a CUDA graph: all its launches become one."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(5):      # in which libraries choose their kernels, and the optimizer makes its state
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    return graph.replay
 
 
 def table(rows):
@@ -205,22 +233,34 @@ def extrapolate(args, pairs_per_second):
 
 def benchmark_step(args):
     """train.py's step from crops that are on the device already, beside the encoder's passes alone."""
-    training = Training(args, ImageSet(None, args.image_size, *IMAGENET_MEAN_STD))
-    contestants = {"floor: encoder alone": training.floor, "full step": training.full_step,
-                   "of which augment": training.augment_alone, "of which loss": training.loss_alone,
-                   "of which LARS": training.optimizer.step}
+    def training():
+        return Training(args, ImageSet(None, args.image_size, *IMAGENET_MEAN_STD))
+
+    ours = training()
+    contestants = {"floor: encoder alone": ours.floor, "full step": ours.full_step,
+                   "of which augment": ours.augment_alone, "of which loss": ours.loss_alone,
+                   "of which LARS": ours.optimizer.step}
+    # What train.py might do, but does not.
+    if DEVICE.type == "cuda" and ours.precision != "fp16":      # whose scaler waits for the device
+        graphed = training()
+        graphed.index = graphed.index.to(DEVICE)        # a graph cannot take it from the host
+        contestants["full step as a CUDA graph"] = captured(graphed.full_step)
+    if args.compile:
+        compiled = training()
+        compiled.model = torch.compile(compiled.model)
+        contestants["full step, encoder compiled"] = compiled.full_step
     calls = 10 if DEVICE.type == "cuda" else 1      # training keeps a GPU's queue full
     times = turns(contestants, args.repeats, calls)
     floor, rows = next(iter(times.values())), []
     for name, values in times.items():
-        ms = statistics.median(values)
+        ms, whole = statistics.median(values), not name.startswith("of which")      # a part alone trains nothing
         rows.append({"what": name, "ms": ms, "% of floor": 100 * median_ratio(values, floor),
-                     "pairs/s": 1000 * args.batch_size / ms, "peak MiB": None})
-    for row, function in zip(rows[:2], (training.floor, training.full_step), strict=True):
-        row["peak MiB"] = peak_bytes(lambda function=function: (function(), training.optimizer.zero_grad())) / 2**20
-    for row in rows[2:]:
-        row["pairs/s"] = None       # a part alone trains nothing
-    describe(args, training)
+                     "pairs/s": 1000 * args.batch_size / ms if whole else None, "peak MiB": None})
+        if DEVICE.type == "cuda":
+            rows[-1] |= on_the_gpu(contestants[name])
+    for row, function in zip(rows[:2], (ours.floor, ours.full_step), strict=True):
+        row["peak MiB"] = peak_bytes(lambda function=function: (function(), ours.optimizer.zero_grad())) / 2**20
+    describe(args, ours)
     print("peak memory: activations, gradients and what else a step allocates")
     extrapolate(args, rows[1]["pairs/s"])
     return rows
@@ -513,6 +553,8 @@ def build_parser():
                           help="of our encoder (default: bf16 on a GPU that has it, else fp16; fp32 on the CPU)")
     training.add_argument("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N",
                           help="for train: data loading processes, at most one a core")
+    training.add_argument("--compile", action="store_true",
+                          help="for step: also with the encoder compiled by torch.compile, which takes a minute")
     return parser
 
 

@@ -89,27 +89,29 @@ def color_jitter(images, order, factors):
     Hue is the dear one, so it is done once for all: three places before it, then hue, then three places after it, with
     a blend that changes nothing where an image has no operation left.
     """
-    hue_at = (order == 3).int().argmax(dim=1)
-    for place in range(3):
-        images = _blend(images, order[:, place], factors, place < hue_at)
+    # What is done at each place, [B, 4, 1, 1, 1], for all places at once: a small batch on a GPU takes as long as its
+    # launches.
+    operation, factor = (values[..., None, None, None] for values in (order, factors.gather(1, order)))
+    contrast, saturation = (operation == 1).to(factor), (operation == 2).to(factor)
+    hue_at = (operation == 3).int().argmax(1, keepdim=True)
+    place = torch.arange(4, device=order.device).view(4, 1, 1, 1)
+    before, after = torch.where(place < hue_at, factor, 1.0), torch.where(place > hue_at, factor, 1.0)
+    for k in range(3):
+        images = _blend(images, before[:, k], contrast[:, k], saturation[:, k])
     images = adjust_hue(images, factors[:, 3])
-    for place in range(1, 4):
-        images = _blend(images, order[:, place], factors, place > hue_at)
+    for k in range(1, 4):
+        images = _blend(images, after[:, k], contrast[:, k], saturation[:, k])
     return images
 
 
-def _blend(images, operation, factors, active):
-    """Brightness (0), contrast (1) or saturation (2), for the images that are `active`."""
-    factor = torch.where(active, factors.gather(1, operation[:, None])[:, 0], 1.0)
+def _blend(images, factor, contrast, saturation):
+    """Brightness, or what `contrast` or `saturation` says (1 where it is that, else 0). All but the images are
+    [B, 1, 1, 1].
+    """
     grey = luma(images)
     mean = grey.mean(dim=(1, 2, 3), keepdim=True)
-    other = torch.addcmul(mean * _each(operation == 1), grey, _each(operation == 2).to(grey))
-    return torch.lerp(other, images, _each(factor)).clamp_(0, 1)        # exactly `images` where factor is 1
-
-
-def _each(values):
-    """[B] -> [B, 1, 1, 1]: one value an image."""
-    return values[:, None, None, None]
+    other = torch.addcmul(mean * contrast, grey, saturation)
+    return torch.lerp(other, images, factor).clamp_(0, 1)               # exactly `images` where factor is 1
 
 
 def luma(images):

@@ -1,9 +1,12 @@
 """What only a GPU can show. Skipped without one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import train
+from scripts import benchmark
 from sogclr.augment import Augment
 from sogclr.loader import EpochSampler, Loader, TwoViews, open_data_set
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
@@ -137,3 +140,24 @@ def test_training_never_waits_for_the_device_between_two_prints(flags, imagenet,
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert seen == [False] * 7 + [True] * 4 + [False]
+
+
+def test_step_as_a_cuda_graph():
+    """What benchmark.py replays must be the step: the same weights and u after as many."""
+    args = SimpleNamespace(arch="resnet18", stem="imagenet", image_size=32, batch_size=8, precision="fp32")
+    trainings = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        trainings.append(benchmark.Training(args, benchmark.ImageSet(None, 32, *benchmark.IMAGENET_MEAN_STD)))
+    eager, graphed = trainings
+    graphed.index = graphed.index.to("cuda")
+    replay = benchmark.captured(graphed.full_step)      # after five steps
+    for _ in range(5):
+        eager.full_step()
+    before = [p.clone() for p in eager.model.parameters()]
+    for _ in range(2):
+        eager.full_step()
+        replay()
+    for start, p, other in zip(before, eager.model.parameters(), graphed.model.parameters(), strict=True):
+        assert (other - p).norm() < 0.05 * (p - start).norm()       # sums are in another order
+    assert torch.allclose(eager.criterion.log_u[eager.index], graphed.criterion.log_u[graphed.index], atol=1e-2)
