@@ -6,6 +6,9 @@
 Runs that differ in the seed alone are one row: mean and standard deviation over all seeds that are there. Beside loss
 and batch size, each setting of the pretraining in which the runs differ has a column. Accuracies are those of the last
 epoch; where classifiers of several learning rates were trained, the best of them stands for the run.
+
+Where SimCLR and SogCLR were trained with the same settings, a second table holds their differences, each of two runs of
+the same seed, which have the same first weights, order and views.
 """
 
 import json
@@ -24,6 +27,7 @@ from train import METHOD_FLAGS, PARSER
 
 MINUTES = "minutes"
 LOSSES = {"cl": ("SimCLR", (200, 80, 40)), "dcl": ("SogCLR", (40, 90, 180))}        # name and colour
+DIFFERENCE = "SogCLR - SimCLR"
 
 
 def read(folder):
@@ -75,6 +79,24 @@ def setting(encoder, name):
     return None if idle else encoder.get(name)
 
 
+def differences(names, table):
+    """SogCLR minus SimCLR, seed by seed, where all settings but the loss's own are equal: a table as that of `read`."""
+    def common(settings):
+        return tuple(value for name, value in zip(names, settings, strict=True)
+                     if name != "loss_type" and not name.startswith("gamma"))
+
+    simclr = {common(settings): row for settings, row in table.items() if settings[0] == "cl"}
+    result = {}
+    for settings, row in table.items():
+        others = simclr.get(common(settings), {}) if settings[0] == "dcl" else {}
+        pairs = {column: {seed: value - others[column][seed] for seed, value in seeds.items() if seed in others[column]}
+                 for column, seeds in row.items() if column in others and column != MINUTES}
+        pairs = {column: seeds for column, seeds in pairs.items() if seeds}
+        if pairs:
+            result[(DIFFERENCE, *settings[1:])] = pairs
+    return result
+
+
 def in_order(table):
     """The table's entries by their settings. None, which does not compare with numbers, comes first."""
     return sorted(table.items(), key=lambda entry: [(value is not None, value) for value in entry[0]])
@@ -91,7 +113,7 @@ def markdown(names, table):
     heads = ["loss", "batch", *(f"`{flags[name]}`" for name in names[2:]), *columns, "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for (loss, *settings), row in in_order(table):
-        cells = [LOSSES[loss][0], *("" if value is None else str(value) for value in settings)]
+        cells = [LOSSES.get(loss, (loss,))[0], *("" if value is None else str(value) for value in settings)]
         for values in (list(row.get(column, {}).values()) for column in columns):
             mean, deviation = mean_and_deviation(values) if values else (None, None)
             cells.append(f"{mean:.2f} ± {deviation:.2f}" if len(values) > 1 else f"{mean:.2f}" if values else "")
@@ -149,6 +171,9 @@ def main():
     except InputError as error:
         parser.error(str(error))
     print(markdown(names, table))
+    pairs = differences(names, table)
+    if pairs:
+        print("\n" + markdown(names, pairs))
     for commit, device, version in sorted(made_by):
         print(f"\nEvaluated at commit {commit}, on {device}, torch {version}.")
     if args.png and len(names) > 2:

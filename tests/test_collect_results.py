@@ -45,7 +45,30 @@ def test_mean_and_deviation_over_seeds(runs, monkeypatch, capsys):
         "| SimCLR | 64 | 61.00 ± 1.41 | 51.00 ± 1.41 | 71.00 ± 1.41 | 64.00 ± 0.00 | 1, 2 |",
         "| SogCLR | 64 | 65.00 | 55.00 | 75.00 | 64.00 | 1 |",
         "| SogCLR | 256 | 66.50 ± 0.71 | 56.50 ± 0.71 | 76.50 ± 0.71 | 256.00 ± 0.00 | 1, 2 |",
+        "",
+        "| loss | batch | kNN-20 | kNN-200 | linear evaluation, best of 3 rates | seeds |",
+        "|---|---|---|---|---|---|",
+        "| SogCLR - SimCLR | 64 | 5.00 | 5.00 | 5.00 | 1 |",
         "", "Evaluated at commit abc, on CPU, torch 2.x."]
+
+
+def test_differences_are_of_equal_settings_and_seeds(runs, monkeypatch, capsys):
+    """Each SogCLR must be set beside the SimCLR of its own temperature and seed, whatever its gamma, or left out."""
+    def another(name, **encoder):
+        results = json.loads((runs / "dcl_64_1" / "results.json").read_text())
+        results["encoder"] |= encoder
+        results["classifiers"][1] = {"acc1": 80.0 + encoder["seed"]}
+        (runs / name).mkdir()
+        (runs / name / "results.json").write_text(json.dumps(results))
+
+    another("second seed", seed=2)
+    another("other gamma", gamma=0.2, seed=1)
+    another("other gamma, second seed", gamma=0.2, seed=2)
+    another("other temperature", t=0.5, seed=1)
+    lines = collect(monkeypatch, capsys, runs)
+    assert [line for line in lines if " - " in line] == [
+        "| SogCLR - SimCLR | 64 | 0.1 | 0.2 |  |  | 10.50 ± 0.71 | 1, 2 |",       # 81 - 70, 82 - 72
+        "| SogCLR - SimCLR | 64 | 0.1 | 0.9 | 5.00 | 5.00 | 7.50 ± 3.54 | 1, 2 |"]
 
 
 def test_settings_that_differ_have_columns(runs, monkeypatch, capsys):
