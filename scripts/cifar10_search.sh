@@ -19,6 +19,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} VARIANTS="
 --lr 0.075
 --lr 0.0375
 --t 0.1 --lr 0.075
+--t 0.07 --lr 0.075
+--t 0.05 --lr 0.075
 --crop-min 0.08
 --wd 1e-4
 --gamma 0.5

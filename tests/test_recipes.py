@@ -216,5 +216,5 @@ def test_search_never_sees_validation_images(calls, tmp_path):
     assert {one["data"] for one in asked} == {subset[1]}
     names = "loss_type", "t", "lr", "crop_min", "weight_decay", "gamma"
     changes = [tuple(one[name] for name in names) for one in asked]
-    assert len(set(changes)) == len(changes) == 9 + 11
+    assert len(set(changes)) == len(changes) == 11 + 13
     assert {change[-1] for change in changes if change[0] == "cl"} == {0.9}
