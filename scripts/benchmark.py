@@ -241,7 +241,9 @@ def benchmark_step(args):
                    "of which augment": ours.augment_alone, "of which loss": ours.loss_alone,
                    "of which LARS": ours.optimizer.step}
     # What train.py might do, but does not.
-    if DEVICE.type == "cuda" and ours.precision != "fp16":      # whose scaler waits for the device
+    if args.cuda_graph:
+        if DEVICE.type != "cuda" or ours.precision == "fp16":       # whose scaler waits for the device
+            raise InputError("--cuda-graph: needs a GPU, and --precision bf16 or fp32")
         graphed = training()
         graphed.index = graphed.index.to(DEVICE)        # a graph cannot take it from the host
         contestants["full step as a CUDA graph"] = captured(graphed.full_step)
@@ -553,6 +555,8 @@ def build_parser():
                           help="of our encoder (default: bf16 on a GPU that has it, else fp16; fp32 on the CPU)")
     training.add_argument("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N",
                           help="for train: data loading processes, at most one a core")
+    training.add_argument("--cuda-graph", action="store_true",
+                          help="for step: also as a CUDA graph, which needs the step's memory twice")
     training.add_argument("--compile", action="store_true",
                           help="for step: also with the encoder compiled by torch.compile, which takes a minute")
     return parser

@@ -54,3 +54,9 @@ def test_images_are_asked_for(report, capsys):
     with pytest.raises(SystemExit):
         report("train")
     assert "train: give a folder of images with --data DIR" in capsys.readouterr().err
+
+
+def test_cuda_graph_is_refused_without_a_gpu(report, capsys):
+    with pytest.raises(SystemExit):
+        report("step", "--cuda-graph")
+    assert "--cuda-graph: needs a GPU" in capsys.readouterr().err
