@@ -4,9 +4,10 @@
 # plot of all. In the environment:
 #   LOSSES="cl dcl" BATCHES="32 64 128 256 512" SEEDS="1 2 3" PROTOCOLS="classic cached knn"   what to do: all, or a part
 #   DATA_NAME=cifar10 DATA=DIR OUT=DIR    the images, as in train.py; and where runs, results.md and results.png go
+#   SUBSET              flags of make_subset.py, for a part of the images: "--train 5000", or "--held-out" to choose settings
 #   LINCLS, CLASSIC     further flags for lincls.py, and for its classic protocol alone
-#   VARIANTS            each line holds flags of train.py, for a further set of runs with them, beside that without (then
-#                       there is no plot); those with --gamma are SogCLR's alone
+#   VARIANTS            each line holds flags of train.py, for a further set of runs with them, beside that without; those
+#                       with --gamma are SogCLR's alone. Where OUT holds any of them there is no plot
 #   JOBS=4              trains four at a time, each with its log in OUT, where one alone leaves the device idle
 # Needs: 1 GPU for all of it, on which it is not measured; the CPU-sized version is cifar10_batch_size_cpu.sh.
 # Arguments are appended to train.py's, so its other flags can be overridden; other settings want another OUT. The same
@@ -37,17 +38,19 @@ while read -ra flags; do
 done <<< "${VARIANTS:-}"
 read -ra lincls <<< "${LINCLS:-}"
 read -ra classic <<< "${CLASSIC:-}"
+read -ra subset <<< "${SUBSET:-}"
+data_name=${DATA_NAME:-cifar10} data=${DATA:-data/cifar10}
 rates=(0.001 0.003 0.01 0.03 0.1 0.3 1 3)
 
 # Pretraining and evaluation: FOLDER LOSS BATCH SEED [flags of train.py]
 one_run() {
     local runs=$1 loss=$2 batch=$3 seed=$4
-    local all="$* | $protocols | ${LINCLS:-} | ${CLASSIC:-} | ${DATA_NAME:-} | ${DATA:-}"
+    local all="$* | $protocols | ${LINCLS:-} | ${CLASSIC:-} | $data_name | $data"
     if [ "$(cat "$runs/finished" 2> /dev/null)" = "$all" ]; then
         echo "=> $runs: is finished"
         return
     fi
-    local common=(--data_name "${DATA_NAME:-cifar10}" --data "${DATA:-data/cifar10}" --image-size 32 --arch resnet18
+    local common=(--data_name "$data_name" --data "$data" --image-size 32 --arch resnet18
                   --seed "$seed" --workers "$((jobs < 16 ? 16 / jobs : 1))" --save_dir "$runs" --resume auto
                   --print-freq 100)
     "$python" train.py "${common[@]}" --loss_type "$loss" --batch-size "$batch" --epochs 200 --lr 1.0 \
@@ -85,6 +88,12 @@ leave_fewer_than() {
 }
 
 mkdir -p "$out"
+if [ ${#subset[@]} != 0 ]; then
+    images=${SUBSET//--/}
+    images=$out/images_${images//[ \/]/_}
+    [ -d "$images" ] || "$python" scripts/make_subset.py "$images" --data_name "$data_name" --data "$data" "${subset[@]}"
+    data_name=folder data=$images
+fi
 for seed in ${SEEDS:-1 2 3}; do
     for variant in "${variants[@]}"; do
         for batch in ${BATCHES:-32 64 128 256 512}; do
@@ -107,7 +116,7 @@ for seed in ${SEEDS:-1 2 3}; do
 done
 leave_fewer_than 1
 plot=(--png "$out/results.png")
-if [ ${#variants[@]} -gt 1 ]; then      # which one plot cannot show
+if compgen -G "$out/*_--*" > /dev/null; then    # runs of VARIANTS, which one plot cannot show
     plot=()
 fi
 "$python" scripts/collect_results.py "$out" "${plot[@]}" | tee "$out/results.md"

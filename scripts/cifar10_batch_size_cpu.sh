@@ -5,16 +5,12 @@
 # Needs: no GPU, but on one core (of two, with such a run on the other) 12 minutes a run at batch 16, 6 at batch 64, 5 at
 # batch 256, and 3 for its evaluation: 1.5 hours with JOBS=2 on two cores.
 # DATA takes CIFAR-10 (DATA_NAME=folder: as DATA/train/<class>/ and DATA/val/<class>/); OUT, LOSSES, BATCHES, SEEDS,
-# PROTOCOLS, VARIANTS and JOBS are as there. Arguments are appended to train.py's. The same command continues where it was
+# PROTOCOLS, VARIANTS, SUBSET and JOBS are as there. Arguments are appended to train.py's. The same command continues where it was
 # cut off.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OUT=${OUT:-saved_models/cifar10_batch_size_cpu}
-images=$OUT/cifar10_5000
-mkdir -p "$OUT"
-[ -d "$images" ] || "${PYTHON:-python3}" scripts/make_subset.py "$images" --data_name "${DATA_NAME:-cifar10}" \
-    --data "${DATA:-data/cifar10}"
-export DATA_NAME=folder DATA=$images BATCHES=${BATCHES:-16 64 256} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export OUT=${OUT:-saved_models/cifar10_batch_size_cpu} SUBSET=${SUBSET:---train 5000 --val 5000}
+export BATCHES=${BATCHES:-16 64 256} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export LINCLS="--workers 1 --precision bf16 ${LINCLS:-}" CLASSIC=${CLASSIC:---batch-size 256 --epochs 10}
 exec bash scripts/cifar10_batch_size.sh --stem imagenet --workers 1 --precision bf16 --epochs 12 --warmup-epochs 1 \
     --learning-rate-scaling sqrt --lr 0.075 --t 0.1 --gamma 0.9 --crop-min 0.2 --wd 1e-6 "$@"

@@ -128,7 +128,7 @@ def test_batch_size_experiment(calls, tmp_path):
     variables = {"OUT": str(tmp_path / "out"), "DATA_NAME": "folder", "DATA": str(tmp_path)}
     subset, *done, collect = calls("cifar10_batch_size_cpu.sh", BATCHES="8 16", SEEDS="1 2", **variables)
     assert subset[0] == "scripts/make_subset.py"
-    assert collect[:2] == ["scripts/collect_results.py", str(tmp_path / "out")]
+    assert collect == ["scripts/collect_results.py", str(tmp_path / "out"), "--png", str(tmp_path / "out/results.png")]
     trained, runs = [], len(done) // 4
     for k in range(runs):
         asked = settings(train, done[4 * k])
@@ -139,6 +139,7 @@ def test_batch_size_experiment(calls, tmp_path):
             assert f"_bz_{asked['batch_size']}_" in evaluated["pretrained"]
             assert {key: evaluated[key] for key in ("features", "knn", "seed", "precision")} == {
                 "features": "augmented", "knn": False, "seed": asked["seed"], "precision": "bf16"} | protocol
+        assert asked["data"] == evaluated["data"] == subset[1]
     assert sorted(trained) == [(loss, batch, seed) for loss in ("cl", "dcl") for batch in (8, 16) for seed in (1, 2)]
 
 
@@ -196,6 +197,8 @@ def test_what_of_sogclr_helps(calls, tmp_path):
         [("cl", t, 0.9, 16) for t in (0.1, 0.05)]
         + [("dcl", t, gamma, 16) for t in (0.1, 0.05) for gamma in (1, 0.9, 0.2)])
     assert len({one["save_dir"] for one in asked}) == len(asked)
+    alone = calls("cifar10_batch_size_cpu.sh", OUT=str(tmp_path / "out"), SEEDS="1", BATCHES="16", PROTOCOLS="knn")
+    assert "--png" not in alone[-1]     # what is there does not fit one plot, whoever made it
 
 
 def test_batch_size_experiment_refuses_what_it_would_mix_up(calls, tmp_path):
@@ -207,13 +210,22 @@ def test_batch_size_experiment_refuses_what_it_would_mix_up(calls, tmp_path):
     assert "holds runs with other settings too" in calls("cifar10_batch_size.sh", "--lr", 0.7, code=2, **one)
 
 
-def test_search_never_sees_validation_images(calls, tmp_path):
+@pytest.mark.parametrize("script", ["cifar10_batch_size.sh", "cifar10_batch_size_cpu.sh", "cifar10_search.sh",
+                                    "cifar10_gamma_cpu.sh"])
+def test_help_makes_nothing(script, calls, tmp_path):
+    assert calls(script, "--help", OUT=str(tmp_path / "out")) == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["", "--train 40000 --val 10000"])
+def test_search_never_sees_validation_images(size, calls, tmp_path):
     """Its images must be held out of the training split, and each change be tried once for each loss that knows it."""
-    subset, *done, collect = calls("cifar10_search.sh", OUT=str(tmp_path / "out"))
+    subset, *done, collect = calls("cifar10_search.sh", "--epochs", 7, OUT=str(tmp_path / "out"), SUBSET=size)
     assert "--held-out" in subset
+    assert subset[subset.index("--train") + 1] == ("40000" if size else "5000")
     assert collect == ["scripts/collect_results.py", str(tmp_path / "out")]
     asked = [settings(train, call) for call in done if call[0] == "train.py"]
-    assert {one["data"] for one in asked} == {subset[1]}
+    assert {(one["data_name"], one["data"], one["epochs"]) for one in asked} == {("folder", subset[1], 7)}
     names = "loss_type", "t", "lr", "crop_min", "weight_decay", "gamma"
     changes = [tuple(one[name] for name in names) for one in asked]
     assert len(set(changes)) == len(changes) == 11 + 13
