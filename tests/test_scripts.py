@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -239,14 +240,14 @@ EFFECTIVE = ["--lr 0.3", "--learning-rate-scaling linear", "--momentum 0.1", "--
 
 
 @pytest.fixture(scope="module")
-def weights(imagenet, tmp_path_factory):
-    """A function from flags to some of the encoder's weights after three epochs with them."""
+def weights(imagenet):
+    """A function from flags to some of the encoder's weights after two epochs with them."""
     @functools.cache
     def train_with(flags):
-        folder = tmp_path_factory.mktemp("flags")
-        call(train, "--data", imagenet, *TINY, "--workers", 0, "--epochs", 3, "--seed", 1, "--save_dir", folder,
-             *flags.split())
-        return load(folder)["state_dict"]["module.base_encoder.layer4.0.conv1.weight"]
+        with tempfile.TemporaryDirectory() as folder:
+            call(train, "--data", imagenet, *TINY, "--workers", 0, "--epochs", 2, "--seed", 1, "--save_dir", folder,
+                 *flags.split())
+            return load(folder)["state_dict"]["module.base_encoder.layer4.0.conv1.weight"]
     return train_with
 
 
