@@ -15,7 +15,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for flag in "$@" ${VARIANTS:-}; do
-    case $flag in -h | --help) sed -n '1d; /^set /q; s/^# \{0,1\}//p' "$0"; exit ;; esac
+    case $flag in -h | --help)      # the head of the script that was called, then of what it calls
+        for script in ${CALLERS:-} cifar10_batch_size.sh; do
+            echo "scripts/$script"
+            sed -n '1d; /^set /q; s/^#/   /p' "scripts/$script"
+        done
+        exit ;;
+    esac
     case $flag in --arch* | -a | --image-size* | --batch-size* | -b | --seed* | --loss_type* | --save_dir* | --data*)
         echo "$0: error: $flag: is the script's own, see its head for LOSSES, BATCHES, SEEDS, OUT and DATA" >&2
         exit 2 ;;

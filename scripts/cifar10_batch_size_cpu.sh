@@ -5,10 +5,11 @@
 # Needs: no GPU, but on one core (of two, with such a run on the other) 12 minutes a run at batch 16, 6 at batch 64, 5 at
 # batch 256, and 3 for its evaluation: 1.5 hours with JOBS=2 on two cores.
 # DATA takes CIFAR-10 (DATA_NAME=folder: as DATA/train/<class>/ and DATA/val/<class>/); OUT, LOSSES, BATCHES, SEEDS,
-# PROTOCOLS, VARIANTS, SUBSET and JOBS are as there. Arguments are appended to train.py's. The same command continues where it was
-# cut off.
+# PROTOCOLS, VARIANTS, SUBSET and JOBS are as there. Arguments are appended to train.py's. The same command continues
+# where it was cut off.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export CALLERS="${CALLERS:-} cifar10_batch_size_cpu.sh"
 export OUT=${OUT:-saved_models/cifar10_batch_size_cpu} SUBSET=${SUBSET:---train 5000 --val 5000}
 export BATCHES=${BATCHES:-16 64 256} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export LINCLS="--workers 1 --precision bf16 ${LINCLS:-}" CLASSIC=${CLASSIC:---batch-size 256 --epochs 10}

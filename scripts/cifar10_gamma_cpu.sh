@@ -6,6 +6,7 @@
 # OUT, SEEDS, JOBS, DATA and DATA_NAME are as there. Arguments, but not --t and --gamma, are appended to train.py's. The
 # same command continues where it was cut off.
 set -euo pipefail
+export CALLERS=cifar10_gamma_cpu.sh
 export OUT=${OUT:-saved_models/cifar10_gamma_cpu} BATCHES=${BATCHES:-16} VARIANTS="
 --gamma 1
 --gamma 0.2

@@ -10,6 +10,7 @@
 #       --epochs 100 --warmup-epochs 10 --workers 4
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export CALLERS=cifar10_search.sh
 export OUT=${OUT:-saved_models/cifar10_search} SUBSET="--held-out ${SUBSET:---train 5000 --val 5000}"
 export SEEDS=${SEEDS:-1} BATCHES=${BATCHES:-64} PROTOCOLS="cached knn" LINCLS="--workers 1 --precision bf16 ${LINCLS:-}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} VARIANTS="

@@ -1,6 +1,7 @@
 """What the shell scripts ask of train.py and lincls.py, told by a stand-in for python; `test_scripts` runs them."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -212,9 +213,17 @@ def test_batch_size_experiment_refuses_what_it_would_mix_up(calls, tmp_path):
 
 @pytest.mark.parametrize("script", ["cifar10_batch_size.sh", "cifar10_batch_size_cpu.sh", "cifar10_search.sh",
                                     "cifar10_gamma_cpu.sh"])
-def test_help_makes_nothing(script, calls, tmp_path):
+def test_help_shows_the_heads_and_makes_nothing(script, calls, tmp_path):
+    """The head of the script that was called must come first, then that of the one with all variables."""
     assert calls(script, "--help", OUT=str(tmp_path / "out")) == []
     assert not (tmp_path / "out").exists()
+    told = subprocess.run(["bash", SCRIPTS / script, "--help"], cwd=tmp_path, text=True, capture_output=True).stdout
+    heads = re.split(r"^scripts/(\S+)\n", told, flags=re.MULTILINE)
+    assert (heads[1], heads[-2]) == (script, "cifar10_batch_size.sh")
+    for name, head in zip(heads[1::2], heads[2::2], strict=True):
+        lines = (SCRIPTS / name).read_text().splitlines()[1:]
+        assert [line.strip() for line in head.splitlines()] == [
+            line[1:].strip() for line in lines[:lines.index("set -euo pipefail")]]
 
 
 @pytest.mark.parametrize("size", ["", "--train 40000 --val 10000"])
