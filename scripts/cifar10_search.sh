@@ -6,8 +6,8 @@
 # DATA/train/<class>/); OUT takes the runs and results.md; SEEDS, BATCHES, SUBSET and LINCLS are as in
 # cifar10_batch_size.sh. Arguments change the starting point. The same command continues where it was cut off. At full
 # size on a GPU, not measured:
-#   SUBSET="--train 40000 --val 10000" JOBS=4 LINCLS="--workers 4" bash scripts/cifar10_search.sh --stem cifar \
-#       --epochs 100 --warmup-epochs 10 --workers 4
+#   SUBSET="--train 40000 --val 10000" JOBS=4 LINCLS="--workers 4" OUT=saved_models/cifar10_search_full \
+#       bash scripts/cifar10_search.sh --stem cifar --epochs 100 --warmup-epochs 10 --workers 4
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export CALLERS=cifar10_search.sh

@@ -4,8 +4,10 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,16 +15,31 @@ import lincls
 import train
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-# Writes down its arguments; in the place of train.py it also leaves a checkpoint, under a name as train.py's. Where
-# BESIDE is a folder, it first meets a second one there, and notes how many are there half a second later; where FAILS
-# is its seed, it does not wait so long and ends with code 75; where LONG is set, it goes on until Ctrl-C.
+# Writes down its arguments; in the place of train.py it also leaves a checkpoint, under a name as train.py's, which it
+# also tells where a script asks for the names of several calls (the python REAL tells the true ones). Where BESIDE is a
+# folder, it first meets a second one there, and notes how many are there half a second later; where FAILS is its seed,
+# it does not wait so long and ends with code 75; where LONG is set, it goes on until Ctrl-C.
 STAND_IN = """#!/usr/bin/env bash
-printf '%s\\n' "$*" >> "$CALLS"
-if [ "$1" = train.py ]; then
+read_flags() {
     while [ $# -gt 0 ]; do
-        case $1 in --save_dir) save_dir=$2 ;; --batch-size) batch=$2 ;; --lr) lr=$2 ;; --seed) seed=$2 ;; esac
+        case $1 in --save_dir) save_dir=$2 ;; --batch-size) batch=$2 ;; --lr) lr=$2 ;; --seed) seed=$2 ;;
+            --loss_type) loss=$2 ;; --t) t=$2 ;; --gamma) gamma=$2 ;; --crop-min) crop=$2 ;; --wd) wd=$2 ;;
+            --data_name) data=$2 ;; --data) [ "$data" != folder ] || data=folder-${2##*/} ;; esac
         shift
     done
+    name=${data}_${loss}_bz_${batch}_lr_${lr}_wd_${wd}_t_${t}_g_${gamma}${crop:+_crop_min_$crop}_seed_$seed
+}
+if [ "$1" = -c ]; then
+    [ -z "$REAL" ] || exec "$REAL" "$@"
+    while read -r call; do
+        eval "read_flags $call"
+        echo "$name"
+    done
+    exit
+fi
+printf '%s\\n' "$*" >> "$CALLS"
+if [ "$1" = train.py ]; then
+    read_flags "$@"
     if [ -d "$BESIDE" ]; then
         touch "$BESIDE/$seed"
         for _ in {1..200}; do
@@ -41,7 +58,7 @@ if [ "$1" = train.py ]; then
         echo "together ${#here[@]}" >> "$CALLS"
         rm "$BESIDE/$seed"
     fi
-    mkdir -p "$save_dir/some_bz_${batch}_lr_$lr" && touch "$save_dir/some_bz_${batch}_lr_$lr/checkpoint_last.pth.tar"
+    mkdir -p "$save_dir/$name" && touch "$save_dir/$name/checkpoint_last.pth.tar"
 fi
 """
 
@@ -126,18 +143,18 @@ def test_torchrun_on_several_machines(calls):
 
 def test_batch_size_experiment(calls, tmp_path):
     """Each loss, batch size and seed must be trained once, and evaluated thrice from its own checkpoint."""
-    variables = {"OUT": str(tmp_path / "out"), "DATA_NAME": "folder", "DATA": str(tmp_path)}
+    variables = {"OUT": str(tmp_path / "out"), "DATA_NAME": "folder", "DATA": str(tmp_path), "REAL": sys.executable}
     subset, *done, collect = calls("cifar10_batch_size_cpu.sh", BATCHES="8 16", SEEDS="1 2", **variables)
     assert subset[0] == "scripts/make_subset.py"
     assert collect == ["scripts/collect_results.py", str(tmp_path / "out"), "--png", str(tmp_path / "out/results.png")]
     trained, runs = [], len(done) // 4
     for k in range(runs):
         asked = settings(train, done[4 * k])
+        checkpoint = f"{asked['save_dir']}/{train.run_name(SimpleNamespace(**asked))}/checkpoint_last.pth.tar"
         trained.append((asked["loss_type"], asked["batch_size"], asked["seed"]))
         for call, protocol in zip(done[4 * k + 1:4 * k + 4], ({}, {"features": "cached"}, {"knn": True}), strict=True):
             evaluated = settings(lincls, call)
-            assert Path(evaluated["pretrained"]).is_relative_to(asked["save_dir"])
-            assert f"_bz_{asked['batch_size']}_" in evaluated["pretrained"]
+            assert evaluated["pretrained"] == checkpoint
             assert {key: evaluated[key] for key in ("features", "knn", "seed", "precision")} == {
                 "features": "augmented", "knn": False, "seed": asked["seed"], "precision": "bf16"} | protocol
         assert asked["data"] == evaluated["data"] == subset[1]
@@ -191,24 +208,37 @@ def test_ctrl_c_stops_all_runs(calls, side_by_side, tmp_path):
 
 def test_what_of_sogclr_helps(calls, tmp_path):
     """Each gamma must be tried at each temperature, SimCLR once at each, and all be told apart in one table."""
-    subset, *done, collect = calls("cifar10_gamma_cpu.sh", OUT=str(tmp_path / "out"), SEEDS="1", PROTOCOLS="knn")
-    assert (subset[0], collect) == ("scripts/make_subset.py", ["scripts/collect_results.py", str(tmp_path / "out")])
+    out = tmp_path / "out[1]"
+    subset, *done, collect = calls("cifar10_gamma_cpu.sh", OUT=str(out), SEEDS="1", PROTOCOLS="knn")
+    assert (subset[0], collect) == ("scripts/make_subset.py", ["scripts/collect_results.py", str(out)])
     asked = [settings(train, call) for call in done if call[0] == "train.py"]
     assert sorted((one["loss_type"], one["t"], one["gamma"], one["batch_size"]) for one in asked) == sorted(
         [("cl", t, 0.9, 16) for t in (0.1, 0.05)]
         + [("dcl", t, gamma, 16) for t in (0.1, 0.05) for gamma in (1, 0.9, 0.2)])
     assert len({one["save_dir"] for one in asked}) == len(asked)
-    alone = calls("cifar10_batch_size_cpu.sh", OUT=str(tmp_path / "out"), SEEDS="1", BATCHES="16", PROTOCOLS="knn")
+    (out / "results.png").touch()
+    alone = calls("cifar10_batch_size_cpu.sh", OUT=str(out), SEEDS="1", BATCHES="16", PROTOCOLS="knn")
     assert "--png" not in alone[-1]     # what is there does not fit one plot, whoever made it
+    assert not (out / "results.png").exists()
 
 
 def test_batch_size_experiment_refuses_what_it_would_mix_up(calls, tmp_path):
-    """A flag that it sets itself, and a folder with runs of other settings, must end it with one line."""
+    """A flag that it sets itself, one that is not known, and a folder with a run of other settings or other images must
+    end it with one line, before anything is trained.
+    """
     assert "--arch: is the script's own" in calls("cifar10_batch_size.sh", "--arch", "resnet50", code=2)
     one = {"OUT": str(tmp_path / "out"), "SEEDS": "1", "BATCHES": "8", "LOSSES": "cl", "PROTOCOLS": "knn"}
     assert "--seed: is the script's own" in calls("cifar10_batch_size.sh", code=2, VARIANTS="--t 0.5\n--seed 3")
+    unknown = {"VARIANTS": "--t 0.5\n--gama 1", "PYTHON": sys.executable}
+    assert calls("cifar10_batch_size.sh", code=2, **one | unknown) == \
+        "train.py: error: unrecognized arguments: --gama 1\n"
+    assert not (tmp_path / "out").exists()
+    one |= {"SUBSET": "--train 20 --val 20"}
     calls("cifar10_batch_size.sh", "--lr", 0.5, **one)
-    assert "holds runs with other settings too" in calls("cifar10_batch_size.sh", "--lr", 0.7, code=2, **one)
+    for lr, other in ((0.7, {}), (0.5, {"DATA_NAME": "cifar100"}), (0.5, {"SUBSET": "--train 30 --val 20"})):
+        assert "cl_8_1: holds a run with other settings, name another OUT" in \
+            calls("cifar10_batch_size.sh", "--lr", lr, code=2, **one | other)
+        assert (tmp_path / "calls").read_text() == ""
 
 
 @pytest.mark.parametrize("script", ["cifar10_batch_size.sh", "cifar10_batch_size_cpu.sh", "cifar10_search.sh",
@@ -239,3 +269,12 @@ def test_search_never_sees_validation_images(size, calls, tmp_path):
     changes = [tuple(one[name] for name in names) for one in asked]
     assert len(set(changes)) == len(changes) == 11 + 13
     assert {change[-1] for change in changes if change[0] == "cl"} == {0.9}
+
+
+def test_search_from_where_the_last_one_ended(calls, tmp_path):
+    """A starting point with what a variant changes must not be trained twice."""
+    _, *done, _ = calls("cifar10_search.sh", "--t", 0.1, OUT=str(tmp_path / "out"))
+    asked = [settings(train, call) for call in done if call[0] == "train.py"]
+    both = [[(one["t"], one["lr"]) for one in asked if one["loss_type"] == loss] for loss in ("cl", "dcl")]
+    assert [pairs.count((0.1, 0.15)) for pairs in both] == [1 + 2, 1 + 4]      # it, crop and wd, and gamma twice
+    assert [pairs.count((0.1, 0.075)) for pairs in both] == [1, 1]
