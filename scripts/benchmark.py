@@ -95,8 +95,8 @@ def peak_bytes(function):
 
 
 def on_the_gpu(function):
-    """What a call gives the GPU to do: how many kernels and copies, and how many ms they take. A call that takes longer
-    is bound by the host.
+    """What a call gives the GPU to do: how many kernels and copies, and how many ms they take. A call that takes much
+    longer is bound by the host.
     """
     function()
     synchronize()
@@ -160,6 +160,8 @@ class Training:
         # What the parts work on when they are measured alone.
         self.views = resident_view(args), resident_view(args)
         self.index = torch.randperm(IMAGENET_IMAGES)[:args.batch_size]
+        if DEVICE.type == "cuda":
+            self.index = self.index.pin_memory()        # as from the loader
         self.images = [self.augment(view) for view in self.views]
         self.z = [z.detach().requires_grad_() for z in self.encode(*self.images)]
         self.z_grads = [torch.randn_like(z) for z in self.z]
@@ -240,12 +242,11 @@ def benchmark_step(args):
     contestants = {"floor: encoder alone": ours.floor, "full step": ours.full_step,
                    "of which augment": ours.augment_alone, "of which loss": ours.loss_alone,
                    "of which LARS": ours.optimizer.step}
-    # What train.py might do, but does not.
     if args.cuda_graph:
         if DEVICE.type != "cuda" or ours.precision == "fp16":       # whose scaler waits for the device
             raise InputError("--cuda-graph: needs a GPU, and --precision bf16 or fp32")
         graphed = training()
-        graphed.index = graphed.index.to(DEVICE)        # a graph cannot take it from the host
+        graphed.index = graphed.index.to(DEVICE)        # a graph can neither take it from the host nor check it there
         contestants["full step as a CUDA graph"] = captured(graphed.full_step)
     if args.compile:
         compiled = training()
@@ -555,16 +556,19 @@ def build_parser():
                           help="of our encoder (default: bf16 on a GPU that has it, else fp16; fp32 on the CPU)")
     training.add_argument("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N",
                           help="for train: data loading processes, at most one a core")
-    training.add_argument("--cuda-graph", action="store_true",
-                          help="for step: also as a CUDA graph, which needs the step's memory twice")
-    training.add_argument("--compile", action="store_true",
-                          help="for step: also with the encoder compiled by torch.compile, which takes a minute")
+    step = parser.add_argument_group("step", "What train.py does not do, as further rows.")
+    step.add_argument("--cuda-graph", action="store_true",
+                      help="the step as a CUDA graph, which needs its memory twice and leaves out the indices' check")
+    step.add_argument("--compile", action="store_true",
+                      help="the step with the encoder compiled by torch.compile, which takes a minute")
     return parser
 
 
 def main():
     parser = build_parser()
     args = parser.parse_args()
+    if args.mode != "step" and (args.cuda_graph or args.compile):
+        parser.error("--cuda-graph, --compile: belong to step")
     torch.backends.cudnn.benchmark = True       # as train.py without --seed
     hardware = torch.cuda.get_device_name() if DEVICE.type == "cuda" else \
         f"CPU ({platform.processor() or platform.machine()}), {torch.get_num_threads()} threads"

@@ -105,13 +105,13 @@ def color_jitter(images, order, factors):
 
 
 def _blend(images, factor, contrast, saturation):
-    """Brightness, or what `contrast` or `saturation` says (1 where it is that, else 0). All but the images are
-    [B, 1, 1, 1].
+    """Brightness, or what `contrast` or `saturation` says (1 where it is that, else 0), by a factor, which is 1 where
+    nothing is to change. All but the images are [B, 1, 1, 1].
     """
     grey = luma(images)
     mean = grey.mean(dim=(1, 2, 3), keepdim=True)
     other = torch.addcmul(mean * contrast, grey, saturation)
-    return torch.lerp(other, images, factor).clamp_(0, 1)               # exactly `images` where factor is 1
+    return torch.lerp(other, images, factor).clamp_(0, 1)               # exactly the images where it is 1
 
 
 def luma(images):

@@ -56,7 +56,10 @@ def test_images_are_asked_for(report, capsys):
     assert "train: give a folder of images with --data DIR" in capsys.readouterr().err
 
 
-def test_cuda_graph_is_refused_without_a_gpu(report, capsys):
+def test_what_a_mode_or_machine_cannot_do_is_refused(report, capsys):
     with pytest.raises(SystemExit):
         report("step", "--cuda-graph")
     assert "--cuda-graph: needs a GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        report("lincls", "--compile")
+    assert "--compile: belong to step" in capsys.readouterr().err

@@ -154,10 +154,14 @@ def test_step_as_a_cuda_graph():
     replay = benchmark.captured(graphed.full_step)      # after five steps
     for _ in range(5):
         eager.full_step()
-    before = [p.clone() for p in eager.model.parameters()]
+
+    def weights(training):
+        return torch.cat([p.detach().flatten() for p in training.model.parameters()])
+
+    before = weights(eager)
     for _ in range(2):
         eager.full_step()
         replay()
-    for start, p, other in zip(before, eager.model.parameters(), graphed.model.parameters(), strict=True):
-        assert (other - p).norm() < 0.05 * (p - start).norm()       # sums are in another order
+    # Sums are in another order. Some weights of BatchNorm alone would not do: their steps are lost in rounding.
+    assert (weights(graphed) - weights(eager)).norm() < 0.05 * (weights(eager) - before).norm()
     assert torch.allclose(eager.criterion.log_u[eager.index], graphed.criterion.log_u[graphed.index], atol=1e-2)

@@ -1,6 +1,6 @@
 """What a GPU is asked to do, on a machine that has none: torch's fake tensors have a device, shapes and types, but no
-values. So an operation between two devices fails, and so does a host that asks for a value, for which it would have to
-wait. `test_gpu` runs the same for real.
+values. So an operation between two devices fails, and so does a host that asks for a value or for a copy, for which it
+would have to wait. Forward alone: autograd wants a real GPU. `test_gpu` runs the same for real.
 """
 
 import pytest
@@ -17,37 +17,45 @@ B, D, N = 8, 16, 100
 
 
 class Calls(TorchDispatchMode):
-    """`names`: those of the operations that a GPU is given, in their order."""
+    """`names`: those of the operations that are asked for, but for views, in their order. A copy to the host fails."""
 
-    def __enter__(self):
+    def __init__(self):
+        super().__init__()
         self.names = []
-        return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "aten" and not function.is_view:
             self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type == "cpu":
+            assert not any(isinstance(arg, torch.Tensor) and arg.device.type == "cuda" for arg in args), function
+        return result
 
 
 @pytest.fixture
 def fake_gpu():
-    """All tensors made in the test are fake ones on a GPU."""
-    with FakeTensorMode(), torch.device("cuda"):
-        yield
+    """All tensors made in the test are fake ones on a GPU. What is asked of it is told."""
+    with FakeTensorMode(), torch.device("cuda"), Calls() as calls:
+        yield calls
 
 
 def test_host_that_asks_is_noticed(fake_gpu):
     with pytest.raises(DataDependentOutputException):
         torch.zeros(3).sum().item()
+    with pytest.raises(AssertionError, match="_to_copy"):
+        torch.zeros(3).cpu()
+    with pytest.raises(AssertionError, match="copy_"):
+        torch.zeros(3, device="cpu").copy_(torch.ones(3))
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
 @pytest.mark.parametrize("loss_type", [GlobalContrastiveLoss, ContrastiveLoss])
-def test_loss(loss_type, temperature, fake_gpu):
+def test_loss(loss_type, temperature, fake_gpu, monkeypatch):
     """Neither the loss, with indices from the host, nor what is shown of it may ask for a value."""
+    monkeypatch.setattr("sogclr.loss._check_index", lambda *_: None)        # which reads them, there
     criterion = loss_type(*[N] * (loss_type is GlobalContrastiveLoss), temperature).to("cuda")
     z1, z2 = torch.randn(2, B, D, requires_grad=True)
-    for index in (torch.arange(B), torch.arange(B) + B):
+    for index in torch.arange(2 * B, device="cpu").chunk(2):
         loss = criterion(z1, z2, index)
     shown = (loss, criterion.gcl(), *alignment_and_uniformity(criterion.keys))
     assert all(value.shape == () and value.device.type == "cuda" for value in shown)
@@ -55,16 +63,19 @@ def test_loss(loss_type, temperature, fake_gpu):
 
 @pytest.mark.parametrize("blur", [False, True])
 def test_augmentation(blur, fake_gpu):
-    """Of crops on the host or on the GPU."""
+    """Of crops on the host or on the GPU; in no more operations than now, for which a small batch waits."""
     stage = Augment((0.5,) * 3, (0.2,) * 3, blur, torch.bfloat16, torch.channels_last).to("cuda")
     for device in ("cpu", "cuda"):
         crops = torch.zeros(B, 3, 32, 32, dtype=torch.uint8, device=device)
-        views = stage((crops, torch.rand(B, Augment.num_draws, device=device)))
+        draws = torch.rand(B, Augment.num_draws, device=device)
+        fake_gpu.names.clear()
+        views = stage((crops, draws))
+        assert len(fake_gpu.names) <= 120 + 50 * blur
         assert (views.shape, views.dtype, views.device.type) == (crops.shape, torch.bfloat16, "cuda")
 
 
 def test_lars(fake_gpu):
-    """A step, in as many launches for ResNet-50 as for ResNet-18: all parameters go together."""
+    """A step, in as many operations for ResNet-50 as for ResNet-18: all parameters go together."""
     counts = set()
     for arch in ("resnet18", "resnet50"):
         params = list(SimCLR(resnet(arch), D).parameters())
@@ -72,8 +83,8 @@ def test_lars(fake_gpu):
         for p in params:
             p.grad = torch.zeros_like(p)
         optimizer.step()        # in which its state is made
-        with Calls() as calls:
-            optimizer.step()
-        counts.add(tuple(calls.names))
+        fake_gpu.names.clear()
+        optimizer.step()
+        counts.add(tuple(fake_gpu.names))
     assert len(counts) == 1
     assert len(counts.pop()) < 20
