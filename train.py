@@ -196,7 +196,7 @@ def main_worker(args, device):
     log("=> what decides the numbers: " + ", ".join(f"{name} {settings[name]}" for name in METHOD_FLAGS))
 
     if args.warmup_epochs >= args.epochs:
-        log(f"=> the warm-up ({args.warmup_epochs} epochs) is as long as the run: the peak is not reached")
+        log(f"=> --warmup-epochs {args.warmup_epochs}: no shorter than the run, so the peak is not reached")
 
     # What stays of the run, beside its checkpoints, and what ends it.
     record = {"command": sys.argv, "settings": settings, **report.surroundings(device)}

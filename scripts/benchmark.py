@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sogclr import InputError, checkpoint
 from sogclr.augment import Augment, Normalize, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, memory_format, resnet
-from sogclr.flags import ARCHITECTURES, Parser, number, resolve_precision
+from sogclr.flags import ARCHITECTURES, Parser, number, output_file, resolve_precision
 from sogclr.loader import IMAGENET_MEAN_STD, EpochSampler, ImageSet, Loader, TwoViews, open_data_set, workers_per_rank
 from sogclr.loss import GlobalContrastiveLoss
 from sogclr.optimizer import LARS
@@ -543,7 +543,7 @@ def build_parser():
     parser.add_argument("--repeats", default=30, type=number(int, "[1, inf)"), metavar="N",
                         help="repeats, fewer in the longest cases")
     parser.add_argument("--data", metavar="DIR", help="for train and data: a folder of images")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="also write the figures there")
     training = parser.add_argument_group("step, train and lincls", "As in train.py.")
     training.add_argument("-a", "--arch", default="resnet50" if gpu else "resnet18", choices=ARCHITECTURES,
                           metavar="ARCH", help="torchvision ResNet")
@@ -581,7 +581,7 @@ def main():
     if args.json:
         report = {"mode": args.mode, "hardware": hardware, "torch": torch.__version__}
         report |= rows[0] if len(rows) == 1 else {"rows": rows}
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ set_flags() {
               --wd 1e-4 --t 0.3 --gamma 0.9 --save-freq 1000 "${@:5}")
 }
 
-# Before anything is made: all flags are known to train.py, no folder holds another run, and what is asked for twice, as
-# where an argument is a variant's too, is done once.
+# Before anything is made: all flags are known to train.py and lincls.py, no folder holds another run, and what is asked
+# for twice, as where an argument is a variant's too, is done once.
 folders=() calls=()
 plan() {
     set_flags "$@"
@@ -92,10 +92,13 @@ plan() {
 for_each_run plan "$@"
 names=$(printf '%s\n' "${calls[@]}" | "$python" -c '
 import shlex, sys
+sys.argv[0] = "lincls.py"       # which speaks of a wrong flag
+from lincls import PARSER
+PARSER.parse_args(sys.argv[1:])
 sys.argv[0] = "train.py"
 from train import PARSER, run_name
 for call in sys.stdin:
-    print(run_name(PARSER.parse_args(shlex.split(call))))')
+    print(run_name(PARSER.parse_args(shlex.split(call))))' "${lincls[@]}" "${classic[@]}")
 mapfile -t names <<< "$names"
 declare -A name_in first_with
 for i in "${!folders[@]}"; do
@@ -131,7 +134,7 @@ one_run() {
 }
 
 # Waits until fewer than $1 runs are left. Where one has failed, and at Ctrl-C, which the runs hear themselves, the script
-# starts no more and ends with that code when those beside it have ended.
+# starts no more and ends with that code when those beside it have ended: after Ctrl-C as they do, with 75.
 running=0
 leave_fewer_than() {
     local code=0
@@ -140,10 +143,18 @@ leave_fewer_than() {
         running=$((running - 1))
     done
     if [ "$code" != 0 ]; then
-        echo "$0: stops with code $code when the runs that have begun have ended, see $out/*.log" >&2
+        [ "$code" != 130 ] || code=75
+        echo "$0: stops with code $code when the runs that have begun have ended" >&2
         wait
         exit "$code"
     fi
+}
+
+# A run that says its last line to the script's own error output, 3, where it has failed.
+logged_run() {
+    log=$1.log
+    trap 'code=$?; [ "$code" = 0 ] || echo "=> code $code, $log: $(tail -n 1 "$log")" >&3' EXIT
+    one_run "$@"
 }
 
 start() {
@@ -156,7 +167,7 @@ start() {
         leave_fewer_than "$jobs"
         echo "=> $runs.log"
         trap ':' INT        # so that the script waits for them, which get it too
-        one_run "$@" >> "$runs.log" 2>&1 &
+        logged_run "$@" 3>&2 >> "$runs.log" 2>&1 &
         running=$((running + 1))
     fi
 }

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sogclr import InputError
-from sogclr.flags import Parser
+from sogclr.flags import Parser, output_file
 from train import METHOD_FLAGS, PARSER
 
 MINUTES = "minutes"
@@ -36,11 +36,16 @@ def read(folder):
     Returns the names of the settings that tell its runs apart, and {their values: {column: {seed: value}}}; a column is
     a protocol, its value the Acc@1 in percent, or "minutes", those of the pretraining. A third item is the set of
     (commit, device, torch's version) of the evaluations.
-    Raises InputError where there is none, or where two runs would be the same entry.
+    Raises InputError where there is none, where one is damaged, or where two would be the same entry.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
     runs, made_by = [], set()
     for file in sorted(folder.rglob("results.json")):
-        results = json.loads(file.read_text())
+        try:
+            results = json.loads(file.read_text())
+        except ValueError as error:
+            raise InputError(f"{file}: is damaged, take it away or run lincls.py again") from error
         encoder = results.get("encoder")        # the settings of its pretraining
         if not encoder:
             continue
@@ -59,16 +64,18 @@ def read(folder):
     names = ["loss_type", "batch_size"]
     names += [name for name in METHOD_FLAGS if name not in (*names, "seed")
               and len({setting(encoder, name) for _, encoder, _, _ in runs} - {None}) > 1]
-    table = {}
+    table, entered = {}, {}
     for file, encoder, values, seconds in runs:
-        row = table.setdefault(tuple(setting(encoder, name) for name in names), {})
+        settings, seed = tuple(setting(encoder, name) for name in names), encoder["seed"]
+        row = table.setdefault(settings, {})
         for column, value in values.items():
-            seeds = row.setdefault(column, {})
-            if encoder["seed"] in seeds:
-                raise InputError(f"{file}: another run there has its settings, protocol and seed")
-            seeds[encoder["seed"]] = value
+            other = entered.setdefault((settings, column, seed), file)
+            if other != file:
+                raise InputError(f"{file}: has the pretraining's settings, the protocol and the seed of {other}, "
+                                 "move one of them elsewhere")
+            row.setdefault(column, {})[seed] = value
         if seconds is not None:
-            row.setdefault(MINUTES, {})[encoder["seed"]] = seconds / 60
+            row.setdefault(MINUTES, {})[seed] = seconds / 60
     return names, table, made_by
 
 
@@ -164,7 +171,8 @@ def plot(table, protocol, file, width=640, height=400):
 def main():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to look, at any depth")
-    parser.add_argument("--png", metavar="FILE", help="also draw the classic linear protocol there, or else another")
+    parser.add_argument("--png", type=output_file(".png"), metavar="FILE",
+                        help="also draw the classic linear protocol there, or else another")
     args = parser.parse_args()
     try:
         names, table, made_by = read(args.folder)

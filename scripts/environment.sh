@@ -3,8 +3,8 @@
 # PYTHON=... in the environment names an existing one; else .venv is made from requirements.txt (a few GB, once), with
 # the packages in EXTRA_PACKAGES.
 if [ -n "${PYTHON:-}" ]; then
-    PYTHON=$(command -v "$PYTHON") || { echo "PYTHON: no such interpreter" >&2; exit 1; }
-    PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
+    found=$(command -v "$PYTHON") || { echo "PYTHON=$PYTHON: no such interpreter" >&2; exit 2; }
+    PYTHON=$(cd "$(dirname "$found")" && pwd)/$(basename "$found")
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 if [ -z "${PYTHON:-}" ]; then

@@ -61,7 +61,7 @@ class Network:
         count = self.num_images = min(args.images, len(data.images))
         for size in args.batch_sizes:
             if size > count:
-                raise InputError(f"--batch-sizes {size}: only {count} images are looked at, see --images")
+                raise InputError(f"--batch-sizes {size}: only {count} images are looked at, give smaller ones")
         chosen = np.random.default_rng(0).permutation(len(data.images))[:count]
         data.images = Subset(data.images, np.sort(chosen))
 

@@ -6,7 +6,7 @@
 
 DST/val gets images of the validation split; with --held-out it gets other images of the *training* split, on which
 settings can be chosen without a look at the validation images. DST/train is the same with and without. Images that are
-files are linked, others are written as PNG.
+files are linked, so that the originals must stay, and a change here is a change there; others are written as PNG.
 """
 
 import os

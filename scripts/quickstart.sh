@@ -3,6 +3,7 @@
 # that the program draws, and compares linear classifiers on the pretrained and on a random encoder. No GPU and no
 # data needed; about 5 minutes on two CPU cores after the installation. SEED=... for another seed (default 1).
 set -euo pipefail
+[ $# = 0 ] || { echo "quickstart.sh: takes no arguments, but PYTHON=... and SEED=... in the environment" >&2; exit 2; }
 source "$(dirname "$0")/environment.sh"
 
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}       # one GPU is plenty, none is fine

@@ -15,7 +15,7 @@
 # Two minutes before the time is up, and when it is preempted, the run saves and exits with 75; the job then goes back
 # into the queue and continues where it was.
 set -euo pipefail
-cd "$SLURM_SUBMIT_DIR"
+cd "${SLURM_SUBMIT_DIR:?is set by sbatch, start the script with that}"
 trap : TERM USR1        # meant for the run, which srun hands them to; this script lives on to put the job back
 
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

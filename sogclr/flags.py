@@ -52,6 +52,16 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"{source}: was made with {flag} {before}, not {value}; {cure}, or start a new run")
 
 
+def output_file(ending):
+    """A `type=` for argparse: the Path of a file to be written, refused before any work is done where it cannot be."""
+    def convert(text):
+        path = Path(text)
+        if path.suffix != ending or path.is_dir() or not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"must be a file *{ending} in a folder that is there, got {text!r}")
+        return path
+    return convert
+
+
 def number(kind, interval):
     """A `type=` for argparse: an int or float inside an interval in the usual notation, such as `"(0, 1]"`.
 

@@ -106,8 +106,9 @@ def _cifar(name, folder, split):
     try:
         return kind(folder, train=split == "train")
     except (OSError, RuntimeError) as error:
-        raise InputError(f"--data {folder}: no {name} there and it cannot be downloaded ({problem}); "
-                         "put the extracted archive into that folder") from error
+        raise InputError(f"--data {folder}: no {name} there and it cannot be downloaded ({problem}); put "
+                         f"{kind.base_folder} from the archive into that folder, or give --data_name folder where it "
+                         "holds image files") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

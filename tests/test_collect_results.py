@@ -102,14 +102,25 @@ def test_plot(runs, monkeypatch, capsys):
     assert large < small < simclr
 
 
-def test_nothing_to_collect(tmp_path, runs, monkeypatch, capsys):
-    """A folder without results, or with the same run twice, must be one line."""
-    (tmp_path / "empty").mkdir()
-    for folder, message in ((tmp_path / "empty", "holds no results.json of a pretrained encoder"),
-                            (runs, "another run there has its settings, protocol and seed")):
-        again = json.loads((runs / "cl_64_1" / "results.json").read_text())
-        (runs / "again").mkdir(exist_ok=True)
-        (runs / "again" / "results.json").write_text(json.dumps(again))
+def test_what_cannot_be_collected(tmp_path, runs, monkeypatch, capsys):
+    """No folder, one without results, the same run twice, a damaged file, and a plot that cannot be written must each
+    be one line.
+    """
+    def refusal(*args):
         with pytest.raises(SystemExit, match="2"):
-            collect(monkeypatch, capsys, folder)
-        assert message in capsys.readouterr().err
+            collect(monkeypatch, capsys, *args)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'none'}: no such folder" in refusal(tmp_path / "none")
+    assert "holds no results.json of a pretrained encoder" in refusal(tmp_path / "empty")
+    for plot in (tmp_path / "none" / "plot.png", tmp_path / "plot.jpg", tmp_path):
+        assert "argument --png: must be a file *.png in a folder that is there" in refusal(runs, "--png", plot)
+    again, first = runs / "zz again" / "results.json", runs / "cl_64_1" / "results.json"
+    again.parent.mkdir()
+    again.write_text(first.read_text())
+    assert f"{again}: has the pretraining's settings, the protocol and the seed of {first}" in refusal(runs)
+    again.write_text(first.read_text()[:100])
+    assert f"{again}: is damaged" in refusal(runs)

@@ -188,7 +188,9 @@ def test_batch_size_experiment_side_by_side(calls, side_by_side, tmp_path):
 
 def test_a_run_that_stops_ends_the_experiment(calls, side_by_side, tmp_path):
     """Those beside it must be waited for, no more begin, and its code be the script's."""
-    assert "stops with code 75" in calls("cifar10_batch_size.sh", SEEDS="1 2 3", FAILS="1", code=75, **side_by_side)
+    errors = calls("cifar10_batch_size.sh", SEEDS="1 2 3", FAILS="1", code=75, **side_by_side)
+    assert "stops with code 75" in errors
+    assert re.findall(r"=> code 75, (\S+):", errors) == [str(tmp_path / "out" / "dcl_8_1.log")]
     made = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
     assert sorted(call[0] for call in made) == ["lincls.py", "together", "train.py", "train.py"]
 
@@ -201,7 +203,7 @@ def test_ctrl_c_stops_all_runs(calls, side_by_side, tmp_path):
             time.sleep(0.1)
         time.sleep(0.5)
 
-    calls("cifar10_batch_size.sh", SEEDS="1 2 3", LONG="yes", code=130, interrupt=press, **side_by_side)
+    calls("cifar10_batch_size.sh", SEEDS="1 2 3", LONG="yes", code=75, interrupt=press, **side_by_side)
     made = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
     assert sorted(call[0] for call in made) == ["stopped", "stopped", "train.py", "train.py"]
 
@@ -229,9 +231,9 @@ def test_batch_size_experiment_refuses_what_it_would_mix_up(calls, tmp_path):
     assert "--arch: is the script's own" in calls("cifar10_batch_size.sh", "--arch", "resnet50", code=2)
     one = {"OUT": str(tmp_path / "out"), "SEEDS": "1", "BATCHES": "8", "LOSSES": "cl", "PROTOCOLS": "knn"}
     assert "--seed: is the script's own" in calls("cifar10_batch_size.sh", code=2, VARIANTS="--t 0.5\n--seed 3")
-    unknown = {"VARIANTS": "--t 0.5\n--gama 1", "PYTHON": sys.executable}
-    assert calls("cifar10_batch_size.sh", code=2, **one | unknown) == \
-        "train.py: error: unrecognized arguments: --gama 1\n"
+    for script, unknown in (("train.py", {"VARIANTS": "--t 0.5\n--gama 1"}), ("lincls.py", {"CLASSIC": "--gama 1"})):
+        assert calls("cifar10_batch_size.sh", code=2, **one | unknown, PYTHON=sys.executable) == \
+            f"{script}: error: unrecognized arguments: --gama 1\n"
     assert not (tmp_path / "out").exists()
     one |= {"SUBSET": "--train 20 --val 20"}
     calls("cifar10_batch_size.sh", "--lr", 0.5, **one)
