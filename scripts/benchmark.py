@@ -543,7 +543,7 @@ def build_parser():
     parser.add_argument("--repeats", default=30, type=number(int, "[1, inf)"), metavar="N",
                         help="repeats, fewer in the longest cases")
     parser.add_argument("--data", metavar="DIR", help="for train and data: a folder of images")
-    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the figures there")
     training = parser.add_argument_group("step, train and lincls", "As in train.py.")
     training.add_argument("-a", "--arch", default="resnet50" if gpu else "resnet18", choices=ARCHITECTURES,
                           metavar="ARCH", help="torchvision ResNet")

@@ -23,7 +23,7 @@ for flag in "$@" ${VARIANTS:-}; do
         done
         exit ;;
     esac
-    case $flag in --arch* | -a | --image-size* | --batch-size* | -b | --seed* | --loss_type* | --save_dir* | --data*)
+    case $flag in --arch* | -a* | --image-size* | --batch-size* | -b* | --seed* | --loss_type* | --save_dir* | --data*)
         echo "$0: error: $flag: is the script's own, see its head for LOSSES, BATCHES, SEEDS, OUT and DATA" >&2
         exit 2 ;;
     esac
@@ -39,90 +39,100 @@ python=${PYTHON:-python3}
 out=${OUT:-saved_models/cifar10_batch_size}
 jobs=${JOBS:-1}
 case $jobs in [1-9] | [1-9][0-9]) ;; *) echo "$0: error: JOBS=$jobs: must be a whole number, 1 to 99" >&2; exit 2 ;; esac
-variants=("")
-while read -ra flags; do
-    [ ${#flags[@]} = 0 ] || variants+=("${flags[*]}")
-done <<< "${VARIANTS:-}"
 read -ra lincls <<< "${LINCLS:-}"
 read -ra classic <<< "${CLASSIC:-}"
 read -ra subset <<< "${SUBSET:-}"
-data_name=${DATA_NAME:-cifar10} data=${DATA:-data/cifar10} make_subset=()
-if [ ${#subset[@]} != 0 ]; then
-    images="${data_name/#folder/$(basename "$data")} ${subset[*]//--/}"
-    images=$out/images_${images//[ \/]/_}
-    [ -d "$images" ] || make_subset=("$python" scripts/make_subset.py "$images" --data_name "$data_name" --data "$data"
-                                     "${subset[@]}")
-    data_name=folder data=$images
-fi
+data_name=${DATA_NAME:-cifar10} data=${DATA:-data/cifar10} arguments=("$@")
 rates=(0.001 0.003 0.01 0.03 0.1 0.3 1 3)
 
-# Calls $1 with each run's FOLDER LOSS BATCH SEED [flags of train.py], the flags being those after $1 and the variant's.
-for_each_run() {
-    local seed variant batch loss flags
-    for seed in ${SEEDS:-1 2 3}; do
-        for variant in "${variants[@]}"; do
-            read -ra flags <<< "$variant"
-            for batch in ${BATCHES:-32 64 128 256 512}; do
-                for loss in ${LOSSES:-cl dcl}; do
-                    case $loss$variant in cl*--gamma*) continue ;; esac         # SimCLR has none
-                    "$1" "$out/${loss}_${batch}_$seed${variant:+_${variant//[ \/]/_}}" "$loss" "$batch" "$seed" \
-                        "${@:2}" "${flags[@]}"
-                done
+# A part of the images, which says what it is a part of.
+if [ ${#subset[@]} != 0 ]; then
+    images=${subset[*]//--/}
+    images=$out/images_${images//[ \/]/_}
+    [ "$data_name" = folder ] && whole=$(realpath -m "$data") || whole=$data_name
+    if [ -e "$images/made_from" ] && [ "$(cat "$images/made_from")" != "$whole" ]; then
+        echo "$0: error: $images: was made from $(cat "$images/made_from"), not from $whole, name another OUT" >&2
+        exit 2
+    fi
+    make_subset=("$python" scripts/make_subset.py "$images" --data_name "$data_name" --data "$data" "${subset[@]}")
+    data_name=folder data=$images
+fi
+
+# The runs, each once: its folder, loss, batch size, seed, and flags of its own.
+runs=() losses=() batches=() seeds=() variants=()
+declare -A planned
+for seed in ${SEEDS:-1 2 3}; do
+    while read -ra flags; do
+        for batch in ${BATCHES:-32 64 128 256 512}; do
+            for loss in ${LOSSES:-cl dcl}; do
+                variant=${flags[*]}
+                case $loss$variant in cl*--gamma*) continue ;; esac         # SimCLR has none
+                folder=$out/${loss}_${batch}_$seed${variant:+_${variant//[ \/]/_}}
+                [ -z "${planned[$folder]:-}" ] || continue
+                planned[$folder]=yes
+                runs+=("$folder") losses+=("$loss") batches+=("$batch") seeds+=("$seed") variants+=("$variant")
             done
         done
-    done
-}
+    done <<< $'\n'"${VARIANTS:-}"       # a first line without flags
+done
 
-# Of a run: `common`, what train.py and lincls.py get alike, and `pretrain`, all that train.py gets.
+# Of run $1: `common`, what train.py and lincls.py get alike, and `pretrain`, all that train.py gets.
 set_flags() {
-    common=(--data_name "$data_name" --data "$data" --image-size 32 --arch resnet18 --seed "$4"
-            --workers "$((jobs < 16 ? 16 / jobs : 1))" --save_dir "$1" --resume auto --print-freq 100)
-    pretrain=("${common[@]}" --loss_type "$2" --batch-size "$3" --epochs 200 --lr 1.0 --learning-rate-scaling linear
-              --wd 1e-4 --t 0.3 --gamma 0.9 --save-freq 1000 "${@:5}")
+    read -ra flags <<< "${variants[$1]}"
+    common=(--data_name "$data_name" --data "$data" --image-size 32 --arch resnet18 --seed "${seeds[$1]}"
+            --workers "$((jobs < 16 ? 16 / jobs : 1))" --save_dir "${runs[$1]}" --resume auto --print-freq 100)
+    pretrain=("${common[@]}" --loss_type "${losses[$1]}" --batch-size "${batches[$1]}" --epochs 200 --lr 1.0
+              --learning-rate-scaling linear --wd 1e-4 --t 0.3 --gamma 0.9 --save-freq 1000
+              "${arguments[@]}" "${flags[@]}")
 }
 
-# Before anything is made: all flags are known to train.py and lincls.py, no folder holds another run, and what is asked
-# for twice, as where an argument is a variant's too, is done once.
-folders=() calls=()
-plan() {
-    set_flags "$@"
-    folders+=("$1")
-    calls+=("$(printf '%q ' "${pretrain[@]}")")
-}
-for_each_run plan "$@"
-names=$(printf '%s\n' "${calls[@]}" | "$python" -c '
-import shlex, sys
+# What train.py will name each run's folder. So before anything is made all flags are known to train.py and lincls.py,
+# no folder holds a run with other settings, and what has the same settings, as where an argument is a variant's too, is
+# done in one of their folders, the `home` of that name.
+names=$(for i in "${!runs[@]}"; do
+    set_flags "$i"
+    printf '%s\0' "${pretrain[@]}" $'\n'
+done | "$python" -c '
+import os, sys
 sys.argv[0] = "lincls.py"       # which speaks of a wrong flag
 from lincls import PARSER
 PARSER.parse_args(sys.argv[1:])
 sys.argv[0] = "train.py"
 from train import PARSER, run_name
-for call in sys.stdin:
-    print(run_name(PARSER.parse_args(shlex.split(call))))' "${lincls[@]}" "${classic[@]}")
+for call in os.fsdecode(sys.stdin.buffer.read()).split("\n\0")[:-1]:
+    print(run_name(PARSER.parse_args(call.split("\0")[:-1])))' "${lincls[@]}" "${classic[@]}")
 mapfile -t names <<< "$names"
-declare -A name_in first_with
-for i in "${!folders[@]}"; do
-    for other in "${folders[i]}"/*_bz_*/checkpoint_last.pth.tar; do
-        if [ -e "$other" ] && [ "$other" != "${folders[i]}/${names[i]}/checkpoint_last.pth.tar" ]; then
-            echo "$0: error: ${folders[i]}: holds a run with other settings, name another OUT" >&2
+if [ ${#names[@]} != ${#runs[@]} ]; then
+    echo "$0: error: $python tells ${#names[@]} names of ${#runs[@]} runs; is --help in LINCLS or CLASSIC?" >&2
+    exit 2
+fi
+declare -A home
+for i in "${!runs[@]}"; do
+    for other in "${runs[i]}"/*_bz_*/checkpoint_last.pth.tar; do
+        if [ -e "$other" ] && [ "$other" != "${runs[i]}/${names[i]}/checkpoint_last.pth.tar" ]; then
+            echo "$0: error: ${runs[i]}: holds a run with other settings, name another OUT" >&2
             exit 2
         fi
     done
-    name_in[${folders[i]}]=${names[i]}
-    : "${first_with[${names[i]}]:=${folders[i]}}"
+    for folder in "${runs[i]}" "$out"/*; do         # also that of a former call
+        [ ! -d "$folder/${names[i]}" ] || : "${home[${names[i]}]:=$folder}"
+    done
+    : "${home[${names[i]}]:=${runs[i]}}"
 done
 
 # Pretraining and evaluation
 one_run() {
-    set_flags "$@"
-    local runs=$1 all="$* | $protocols | ${LINCLS:-} | ${CLASSIC:-} | $data_name | $data"
-    if [ "$(cat "$runs/finished" 2> /dev/null)" = "$all" ]; then
-        echo "=> $runs: is finished"
+    set_flags "$1"
+    local folder=${runs[$1]} protocol all
+    local own=("$folder" "${losses[$1]}" "${batches[$1]}" "${seeds[$1]}" "${arguments[@]}" "${flags[@]}")
+    all="${own[*]} | $protocols | ${LINCLS:-} | ${CLASSIC:-} | $data_name | $data"
+    if [ "$(cat "$folder/finished" 2> /dev/null)" = "$all" ]; then
+        echo "=> $folder: is finished"
         return
     fi
     "$python" train.py "${pretrain[@]}"
-    local protocol evaluate=("$python" lincls.py "${common[@]}"
-                             --pretrained "$runs/${name_in[$runs]}/checkpoint_last.pth.tar" "${lincls[@]}")
+    local evaluate=("$python" lincls.py "${common[@]}" --pretrained "$folder/${names[$1]}/checkpoint_last.pth.tar"
+                    "${lincls[@]}")
     for protocol in $protocols; do
         case $protocol in
             classic) "${evaluate[@]}" --lr "${rates[@]}" "${classic[@]}" ;;
@@ -130,7 +140,7 @@ one_run() {
             knn) "${evaluate[@]}" --knn ;;
         esac
     done
-    echo "$all" > "$runs/finished"
+    echo "$all" > "$folder/finished"
 }
 
 # Waits until fewer than $1 runs are left. Where one has failed, and at Ctrl-C, which the runs hear themselves, the script
@@ -152,32 +162,36 @@ leave_fewer_than() {
 
 # A run that says its last line to the script's own error output, 3, where it has failed.
 logged_run() {
-    log=$1.log
+    log=${runs[$1]}.log
     trap 'code=$?; [ "$code" = 0 ] || echo "=> code $code, $log: $(tail -n 1 "$log")" >&3' EXIT
-    one_run "$@"
+    one_run "$1"
 }
 
-start() {
-    local runs=$1 first=${first_with[${name_in[$1]}]}
-    if [ "$first" != "$runs" ]; then
-        echo "=> $runs: is $first"
+mkdir -p "$out" 2> /dev/null || { echo "$0: error: OUT=$out: cannot be made" >&2; exit 2; }
+if [ ${#subset[@]} != 0 ] && [ ! -d "$images" ]; then
+    "${make_subset[@]}"
+    echo "$whole" > "$images/made_from"
+fi
+for i in "${!runs[@]}"; do
+    if [ "${home[${names[i]}]}" != "${runs[i]}" ]; then
+        echo "=> ${runs[i]}: is ${home[${names[i]}]}"
     elif [ "$jobs" = 1 ]; then
-        one_run "$@"
+        one_run "$i"
     else
         leave_fewer_than "$jobs"
-        echo "=> $runs.log"
+        echo "=> ${runs[i]}.log"
         trap ':' INT        # so that the script waits for them, which get it too
-        logged_run "$@" 3>&2 >> "$runs.log" 2>&1 &
+        logged_run "$i" 3>&2 >> "${runs[i]}.log" 2>&1 &
         running=$((running + 1))
     fi
-}
-mkdir -p "$out" 2> /dev/null || { echo "$0: error: OUT=$out: cannot be made" >&2; exit 2; }
-[ ${#make_subset[@]} = 0 ] || "${make_subset[@]}"
-for_each_run start "$@"
+done
 leave_fewer_than 1
+
 plot=(--png "$out/results.png")
 if (cd "$out" && compgen -G '*_--*') > /dev/null; then      # runs of VARIANTS, which one plot cannot show
     rm -f "$out/results.png"
     plot=()
 fi
-"$python" scripts/collect_results.py "$out" "${plot[@]}" | tee "$out/results.md"
+"$python" scripts/collect_results.py "$out" "${plot[@]}" > "$out/results.md.part"
+mv "$out/results.md.part" "$out/results.md"
+cat "$out/results.md"

@@ -36,7 +36,7 @@ def read(folder):
     Returns the names of the settings that tell its runs apart, and {their values: {column: {seed: value}}}; a column is
     a protocol, its value the Acc@1 in percent, or "minutes", those of the pretraining. A third item is the set of
     (commit, device, torch's version) of the evaluations.
-    Raises InputError where there is none, where one is damaged, or where two would be the same entry.
+    Raises InputError where there is none, where one cannot be read, or where two would be the same entry.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -44,20 +44,21 @@ def read(folder):
     for file in sorted(folder.rglob("results.json")):
         try:
             results = json.loads(file.read_text())
-        except ValueError as error:
-            raise InputError(f"{file}: is damaged, take it away or run lincls.py again") from error
-        encoder = results.get("encoder")        # the settings of its pretraining
-        if not encoder:
-            continue
-        if "knn_acc1" in results:
-            values = {f"kNN-{k}": acc1 for k, acc1 in results["knn_acc1"].items()}
-        else:
-            classifiers = results["classifiers"]
-            values = {results["protocol"] + f", best of {len(classifiers)} rates" * (len(classifiers) > 1):
-                      max(score["acc1"] for score in classifiers if score["acc1"] is not None)}
-        runs.append((file, encoder, values, results.get("pretraining_seconds")))
-        commit = results["commit"] or "unknown"
-        made_by.add((commit + " (changed)" * (not results["clean"]), results["device"], results["versions"]["torch"]))
+            encoder = results.get("encoder")        # the settings of its pretraining
+            if not encoder:
+                continue
+            if "knn_acc1" in results:
+                values = {f"kNN-{k}": acc1 for k, acc1 in results["knn_acc1"].items()}
+            else:
+                classifiers = results["classifiers"]
+                values = {results["protocol"] + f", best of {len(classifiers)} rates" * (len(classifiers) > 1):
+                          max(score["acc1"] for score in classifiers if score["acc1"] is not None)}
+            runs.append((file, encoder, values, results.get("pretraining_seconds")))
+            commit = results["commit"] or "unknown"
+            made_by.add((commit + " (changed)" * (not results["clean"]), results["device"],
+                         results["versions"]["torch"]))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: cannot be read as a lincls.py result, take it away or run it again") from error
     if not runs:
         raise InputError(f"{folder}: holds no results.json of a pretrained encoder, run lincls.py first")
 
@@ -165,13 +166,13 @@ def plot(table, protocol, file, width=640, height=400):
             (x, y), (_, reach) = place(batch, mean), place(batch, mean + deviation)
             draw.line((x, reach, x, 2 * y - reach), colour, 2)
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-    picture.save(file)
+    picture.save(file, "PNG")
 
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to look, at any depth")
-    parser.add_argument("--png", type=output_file(".png"), metavar="FILE",
+    parser.add_argument("--png", type=output_file, metavar="FILE",
                         help="also draw the classic linear protocol there, or else another")
     args = parser.parse_args()
     try:

@@ -52,14 +52,16 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"{source}: was made with {flag} {before}, not {value}; {cure}, or start a new run")
 
 
-def output_file(ending):
+def output_file(text):
     """A `type=` for argparse: the Path of a file to be written, refused before any work is done where it cannot be."""
-    def convert(text):
-        path = Path(text)
-        if path.suffix != ending or path.is_dir() or not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"must be a file *{ending} in a folder that is there, got {text!r}")
-        return path
-    return convert
+    path = Path(text)
+    try:
+        writable = not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise argparse.ArgumentTypeError(f"must be a file that can be written, in a folder that is there, got {text!r}")
+    return path
 
 
 def number(kind, interval):

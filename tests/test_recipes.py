@@ -15,10 +15,11 @@ import lincls
 import train
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-# Writes down its arguments; in the place of train.py it also leaves a checkpoint, under a name as train.py's, which it
-# also tells where a script asks for the names of several calls (the python REAL tells the true ones). Where BESIDE is a
-# folder, it first meets a second one there, and notes how many are there half a second later; where FAILS is its seed,
-# it does not wait so long and ends with code 75; where LONG is set, it goes on until Ctrl-C.
+# Writes down its arguments; in the place of make_subset.py it also makes the folder, and in that of train.py it leaves
+# a checkpoint, under a name as train.py's. It also tells such names, where a script asks for some; the
+# python REAL tells the true ones. Where BESIDE is a folder, it first meets a second one there, and notes how many are
+# there half a second later; where FAILS is its seed, it does not wait so long and ends with code 75; where LONG is set,
+# it goes on until Ctrl-C.
 STAND_IN = """#!/usr/bin/env bash
 read_flags() {
     while [ $# -gt 0 ]; do
@@ -31,13 +32,16 @@ read_flags() {
 }
 if [ "$1" = -c ]; then
     [ -z "$REAL" ] || exec "$REAL" "$@"
-    while read -r call; do
-        eval "read_flags $call"
-        echo "$name"
+    call=()
+    while IFS= read -r -d '' item; do
+        call+=("$item")
+        [ "$item" != $'\\n' ] || { read_flags "${call[@]}"; echo "$name"; call=(); }
     done
     exit
 fi
 printf '%s\\n' "$*" >> "$CALLS"
+[ "$1" != scripts/make_subset.py ] || mkdir "$2"
+[ "$1" != scripts/collect_results.py ] || [ "$FAILS" != collect ] || exit 2
 if [ "$1" = train.py ]; then
     read_flags "$@"
     if [ -d "$BESIDE" ]; then
@@ -49,6 +53,7 @@ if [ "$1" = train.py ]; then
         done
         [ "$seed" != "$FAILS" ] || exit 75
         trap 'echo "stopped --seed $seed" >> "$CALLS"; exit 75' INT
+        [ -z "$LONG" ] || echo hears >> "$CALLS"
         for _ in {1..300}; do
             [ -n "$LONG" ] || break
             sleep 0.1
@@ -143,10 +148,12 @@ def test_torchrun_on_several_machines(calls):
 
 def test_batch_size_experiment(calls, tmp_path):
     """Each loss, batch size and seed must be trained once, and evaluated thrice from its own checkpoint."""
-    variables = {"OUT": str(tmp_path / "out"), "DATA_NAME": "folder", "DATA": str(tmp_path), "REAL": sys.executable}
+    whole = tmp_path / "cats & Größe"
+    variables = {"OUT": str(tmp_path / "öut"), "DATA_NAME": "folder", "DATA": str(whole), "REAL": sys.executable}
     subset, *done, collect = calls("cifar10_batch_size_cpu.sh", BATCHES="8 16", SEEDS="1 2", **variables)
     assert subset[0] == "scripts/make_subset.py"
-    assert collect == ["scripts/collect_results.py", str(tmp_path / "out"), "--png", str(tmp_path / "out/results.png")]
+    assert Path(subset[1], "made_from").read_text() == f"{whole}\n"
+    assert collect == ["scripts/collect_results.py", str(tmp_path / "öut"), "--png", str(tmp_path / "öut/results.png")]
     trained, runs = [], len(done) // 4
     for k in range(runs):
         asked = settings(train, done[4 * k])
@@ -199,13 +206,12 @@ def test_ctrl_c_stops_all_runs(calls, side_by_side, tmp_path):
     """Ctrl-C goes to all processes; each run must hear it, and the script wait for their ends."""
     def press():
         deadline = time.monotonic() + 30
-        while len(list((tmp_path / "beside").iterdir())) < 2 and time.monotonic() < deadline:
+        while (tmp_path / "calls").read_text().count("hears") < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
-        time.sleep(0.5)
 
     calls("cifar10_batch_size.sh", SEEDS="1 2 3", LONG="yes", code=75, interrupt=press, **side_by_side)
     made = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert sorted(call[0] for call in made) == ["stopped", "stopped", "train.py", "train.py"]
+    assert sorted(call[0] for call in made) == 2 * ["hears"] + 2 * ["stopped"] + 2 * ["train.py"]
 
 
 def test_what_of_sogclr_helps(calls, tmp_path):
@@ -234,12 +240,16 @@ def test_batch_size_experiment_refuses_what_it_would_mix_up(calls, tmp_path):
     for script, unknown in (("train.py", {"VARIANTS": "--t 0.5\n--gama 1"}), ("lincls.py", {"CLASSIC": "--gama 1"})):
         assert calls("cifar10_batch_size.sh", code=2, **one | unknown, PYTHON=sys.executable) == \
             f"{script}: error: unrecognized arguments: --gama 1\n"
+    for flag in ("--arch=resnet50", "-aresnet50", "-b8"):
+        assert f"{flag}: is the script's own" in calls("cifar10_batch_size.sh", flag, code=2)
     assert not (tmp_path / "out").exists()
     one |= {"SUBSET": "--train 20 --val 20"}
     calls("cifar10_batch_size.sh", "--lr", 0.5, **one)
-    for lr, other in ((0.7, {}), (0.5, {"DATA_NAME": "cifar100"}), (0.5, {"SUBSET": "--train 30 --val 20"})):
-        assert "cl_8_1: holds a run with other settings, name another OUT" in \
-            calls("cifar10_batch_size.sh", "--lr", lr, code=2, **one | other)
+    for lr, other, message in ((0.7, {}, "cl_8_1: holds a run with other settings, name another OUT"),
+                               (0.5, {"SUBSET": "--train 30 --val 20"}, "cl_8_1: holds a run with other settings"),
+                               (0.5, {"DATA_NAME": "cifar100"}, "was made from cifar10, not from cifar100"),
+                               (0.5, {"LINCLS": "--help", "REAL": sys.executable}, "is --help in LINCLS")):
+        assert message in calls("cifar10_batch_size.sh", "--lr", lr, code=2, **one | other)
         assert (tmp_path / "calls").read_text() == ""
 
 
@@ -271,6 +281,17 @@ def test_search_never_sees_validation_images(size, calls, tmp_path):
     changes = [tuple(one[name] for name in names) for one in asked]
     assert len(set(changes)) == len(changes) == 11 + 13
     assert {change[-1] for change in changes if change[0] == "cl"} == {0.9}
+
+
+def test_nothing_is_trained_twice(calls, tmp_path):
+    """Where a seed or a variant is given twice, or differently a second time; and a results.md must not be lost."""
+    one = {"OUT": str(tmp_path / "out"), "BATCHES": "8", "LOSSES": "dcl", "PROTOCOLS": "knn"}
+    *done, _ = calls("cifar10_batch_size.sh", SEEDS="1 1", VARIANTS="--t 0.5 --wd 0\n\n--t 0.5  --wd 0", **one)
+    assert [call[0] for call in done] == 2 * ["train.py", "lincls.py"]
+    (tmp_path / "out" / "results.md").write_text("a table")
+    calls("cifar10_batch_size.sh", SEEDS="1", VARIANTS="--wd 0 --t 0.5", FAILS="collect", code=2, **one)
+    assert (tmp_path / "calls").read_text().startswith("scripts/collect_results.py")
+    assert (tmp_path / "out" / "results.md").read_text() == "a table"
 
 
 def test_search_from_where_the_last_one_ended(calls, tmp_path):
