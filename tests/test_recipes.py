@@ -87,7 +87,8 @@ def calls(tmp_path):
         kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         process = subprocess.Popen(["bash", SCRIPTS / script, *map(str, flags)], text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, start_new_session=True, preexec_fn=hear_ctrl_c,
-                                   env=kept | {"PYTHON": str(python), "CALLS": str(file)} | variables)
+                                   env=kept | {"PYTHON": str(python), "CALLS": str(file),
+                                               "OUT": str(tmp_path / "default")} | variables)
         if interrupt:
             interrupt()
             os.killpg(process.pid, signal.SIGINT)
