@@ -54,7 +54,7 @@ if [ ${#subset[@]} != 0 ]; then
         echo "$0: error: $images: was made from $(cat "$images/made_from"), not from $whole, name another OUT" >&2
         exit 2
     fi
-    make_subset=("$python" scripts/make_subset.py "$images" --data_name "$data_name" --data "$data" "${subset[@]}")
+    subset+=(--data_name "$data_name" --data "$data")
     data_name=folder data=$images
 fi
 
@@ -120,13 +120,12 @@ for i in "${!runs[@]}"; do
     : "${home[${names[i]}]:=${runs[i]}}"
 done
 
-# Pretraining and evaluation
+# Pretraining and evaluation. The mark of a finished run tells what its folder does not.
 one_run() {
     set_flags "$1"
-    local folder=${runs[$1]} protocol all
-    local own=("$folder" "${losses[$1]}" "${batches[$1]}" "${seeds[$1]}" "${arguments[@]}" "${flags[@]}")
-    all="${own[*]} | $protocols | ${LINCLS:-} | ${CLASSIC:-} | $data_name | $data"
-    if [ "$(cat "$folder/finished" 2> /dev/null)" = "$all" ]; then
+    local folder=${runs[$1]} protocol
+    local mark="${arguments[*]} | $protocols | ${LINCLS:-} | ${CLASSIC:-} | $data_name | $data"
+    if [ "$(cat "$folder/finished" 2> /dev/null)" = "$mark" ]; then
         echo "=> $folder: is finished"
         return
     fi
@@ -140,7 +139,7 @@ one_run() {
             knn) "${evaluate[@]}" --knn ;;
         esac
     done
-    echo "$all" > "$folder/finished"
+    echo "$mark" > "$folder/finished"
 }
 
 # Waits until fewer than $1 runs are left. Where one has failed, and at Ctrl-C, which the runs hear themselves, the script
@@ -169,7 +168,7 @@ logged_run() {
 
 mkdir -p "$out" 2> /dev/null || { echo "$0: error: OUT=$out: cannot be made" >&2; exit 2; }
 if [ ${#subset[@]} != 0 ] && [ ! -d "$images" ]; then
-    "${make_subset[@]}"
+    "$python" scripts/make_subset.py "$images" "${subset[@]}"
     echo "$whole" > "$images/made_from"
 fi
 for i in "${!runs[@]}"; do

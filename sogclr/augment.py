@@ -111,7 +111,7 @@ def _blend(images, factor, contrast, saturation):
     grey = luma(images)
     mean = grey.mean(dim=(1, 2, 3), keepdim=True)
     other = torch.addcmul(mean * contrast, grey, saturation)
-    return torch.lerp(other, images, factor).clamp_(0, 1)               # exactly the images where it is 1
+    return torch.lerp(other, images, factor).clamp_(0, 1)               # exactly `images` where factor is 1
 
 
 def luma(images):

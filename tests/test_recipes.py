@@ -16,10 +16,10 @@ import train
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 # Writes down its arguments; in the place of make_subset.py it also makes the folder, and in that of train.py it leaves
-# a checkpoint, under a name as train.py's. It also tells such names, where a script asks for some; the
-# python REAL tells the true ones. Where BESIDE is a folder, it first meets a second one there, and notes how many are
-# there half a second later; where FAILS is its seed, it does not wait so long and ends with code 75; where LONG is set,
-# it goes on until Ctrl-C.
+# a checkpoint, under a name as train.py's. It also tells such names where a script asks for some; the python REAL tells
+# the true ones. Where BESIDE is a folder, it first meets a second one there, and notes how many are there half a second
+# later; where FAILS is its seed, it does not wait so long and ends with code 75; where LONG is set, it goes on until
+# Ctrl-C. Where FAILS is `collect`, it ends with code 2 in the place of collect_results.py.
 STAND_IN = """#!/usr/bin/env bash
 read_flags() {
     while [ $# -gt 0 ]; do
@@ -88,7 +88,7 @@ def calls(tmp_path):
         process = subprocess.Popen(["bash", SCRIPTS / script, *map(str, flags)], text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, start_new_session=True, preexec_fn=hear_ctrl_c,
                                    env=kept | {"PYTHON": str(python), "CALLS": str(file),
-                                               "OUT": str(tmp_path / "default")} | variables)
+                                               "OUT": str(tmp_path / "out")} | variables)
         if interrupt:
             interrupt()
             os.killpg(process.pid, signal.SIGINT)

@@ -63,7 +63,7 @@ def test_loss(loss_type, temperature, fake_gpu, monkeypatch):
 
 @pytest.mark.parametrize("blur", [False, True])
 def test_augmentation(blur, fake_gpu):
-    """Of crops on the host or on the GPU; in no more operations than now, for which a small batch waits."""
+    """Of crops on the host or on the GPU; in hardly more operations than now, for which a small batch waits."""
     stage = Augment((0.5,) * 3, (0.2,) * 3, blur, torch.bfloat16, torch.channels_last).to("cuda")
     for device in ("cpu", "cuda"):
         crops = torch.zeros(B, 3, 32, 32, dtype=torch.uint8, device=device)
