@@ -11,7 +11,6 @@ Two machines of 8 GPUs:
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --data DIR
 """
 
-import copy
 import os
 import resource
 import sys
@@ -19,35 +18,27 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torchvision.utils import make_grid
 
-from sogclr import InputError, Stopped, checkpoint, distributed, report
-from sogclr.augment import Augment, Normalize, pil_recipe
+from sogclr import InputError, checkpoint, report
+from sogclr.augment import Augment, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, memory_format, resnet
-from sogclr.distributed import (
-    broadcast_int,
-    data_parallel,
-    device_names,
-    launch,
-    log,
-    set_seed,
-    stop_requested,
-    world_size,
-)
-from sogclr.features import Encoder, extract
+from sogclr.datasets import open_data_set, open_train_and_val
+from sogclr.distributed import broadcast_int, data_parallel, log, world_size
 from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, resolve_precision
-from sogclr.knn import knn_accuracy
-from sogclr.loader import EpochSampler, Labelled, Loader, TwoViews, fingerprint, open_data_set
+from sogclr.knn import KNNMonitor
+from sogclr.launch import launch
+from sogclr.loader import Loader, TwoViewBatches, check_batch_size
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, alignment_and_uniformity, gamma_at
-from sogclr.meters import AverageMeter, LossWatch, Progress
+from sogclr.meters import AverageMeter, NanGuard, Progress
 from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
+from sogclr.run import Run
 
 DRY_STEPS, DRY_SECONDS = 12, 60     # of --dry-run, but two steps at least
 METHODS = {"dcl": "sogclr", "cl": "simclr"}
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")
-# What a resumed run must share with its checkpoint: all that decides the numbers.
-METHOD_FLAGS = ("data_name", "arch", "stem", "dim", "mlp_dim", "num_proj_layers", "loss_type", "t", "gamma",
+# What a resumed run must share with its checkpoint, since it changes the numbers.
+RESUME_FLAGS = ("data_name", "arch", "stem", "dim", "mlp_dim", "num_proj_layers", "loss_type", "t", "gamma",
                 "gamma_schedule", "gamma_decay_epochs", "image_size", "crop_min", "augment", "optimizer", "batch_size",
                 "epochs", "lr", "learning_rate_scaling", "momentum", "weight_decay", "warmup_epochs", "precision",
                 "seed")
@@ -58,7 +49,7 @@ def build_parser():
     groups = add_shared_flags(
         parser, batch_size=256, epochs=800, lr=0.075, weight_decay=1e-6, momentum_of="LARS",
         lr_help="base learning rate: times the square root of the batch size, or as --learning-rate-scaling says")
-    optim, model = groups["optimization"], groups["model"]
+    optim, model, run = groups["optimization"], groups["model"], groups["run"]
     optim.add_argument("--learning-rate-scaling", default="sqrt", choices=("sqrt", "linear"),
                        help="peak learning rate: sqrt is lr * sqrt(B), linear is lr * B / 256")
     optim.add_argument("--warmup-epochs", default=10, type=number(int, "[0, inf)"), metavar="N",
@@ -81,19 +72,19 @@ def build_parser():
                         help="cosine lowers gamma from 1 to --gamma over --gamma-decay-epochs, then keeps it")
     method.add_argument("--gamma-decay-epochs", type=number(int, "[1, inf)"), metavar="N",
                         help="length of --gamma-schedule cosine (default: half of --epochs)")
-    method.add_argument("--crop-min", default=0.08, type=number(float, "(0, 1]"), metavar="SHARE",
-                        help="smallest share of an image's area that a crop takes")
+    method.add_argument("--crop-min", default=0.08, type=number(float, "(0, 1]"), metavar="FRACTION",
+                        help="smallest fraction of an image's area that a crop takes")
     method.add_argument("--augment", default="batched", choices=("batched", "pil"),
-                        help="where colour is changed: in batches on the device, or image by image in the workers, as "
+                        help="where color is changed: in batches on the device, or image by image in the workers, as "
                              "the authors do (slower, to compare with)")
-    groups["run"].add_argument("--save-freq", default=10, type=number(int, "[1, inf)"), metavar="N",
-                               help="epochs between two checkpoints that are kept, apart from the last three epochs'")
-    groups["run"].add_argument("--dry-run", action="store_true",
-                               help="do a few steps on the data, say what the whole run would take in time, memory and "
-                                    "disk, and stop; starts from fresh weights and writes nothing")
-    groups["run"].add_argument("--knn-freq", default=0, type=number(int, "[0, inf)"), metavar="N",
-                               help="epochs between two reports of the encoder's kNN accuracy, which needs labelled "
-                                    "images in DIR/train and DIR/val and does not change the run; 0 is never")
+    run.add_argument("--save-freq", default=10, type=number(int, "[1, inf)"), metavar="N",
+                     help="epochs between two checkpoints that are kept, apart from the last three epochs'")
+    run.add_argument("--dry-run", action="store_true",
+                     help="do a few steps on the data, say what the whole run would take in time, memory and disk, and "
+                          "stop; starts from fresh weights and writes nothing")
+    run.add_argument("--knn-freq", default=0, type=number(int, "[0, inf)"), metavar="N",
+                     help="epochs between two reports of the encoder's kNN accuracy, which needs labeled images in "
+                          "DIR/train and DIR/val and does not change the run; 0 is never")
     return parser
 
 
@@ -107,44 +98,27 @@ def run_name(args):
 
 
 def main_worker(args, device):
-    ranks, started = world_size(), time.perf_counter()
-    if args.start_epoch is not None and args.start_epoch >= args.epochs:
-        raise InputError(f"--start-epoch {args.start_epoch}: must be below --epochs {args.epochs}")
-    if args.batch_size % ranks or args.batch_size < 2 * ranks:
-        raise InputError(f"--batch-size {args.batch_size}: {ranks} process{'es' * (ranks > 1)} cannot share it equally "
-                         f"with at least 2 images each, take a multiple of {ranks} from {2 * ranks} on")
-
+    # Data: the workers make two uint8 crops of each image, whose color is changed on the device.
     data = open_data_set(args.data_name, args.data, "train", args.image_size, labels=args.data_name != "folder")
-    num_images = len(data.images)
-    if args.batch_size > num_images:
-        raise InputError(f"--batch-size {args.batch_size}: the data set holds only {num_images} images, "
-                         "take a smaller batch")
-
-    # The run's folder, and the checkpoint to continue from, whose seed goes on unless another is given.
-    folder = Path(args.save_dir) / run_name(args)
-    resume, saved = ("", {}) if args.dry_run else checkpoint.open_run(folder, args.resume, CHECKPOINT_KEYS)
-    seed = set_seed(args, saved)
-
-    # Data: uint8 crops from the workers; their colour is done on the device, on a GPU beside the step before.
-    sampler = EpochSampler(num_images, args.batch_size, seed, shuffle=True, drop_last=True)
-    recipe = None
-    if args.augment == "pil":
-        recipe = pil_recipe(data.image_size, args.crop_min, data.mean, data.std, data.blur)
-    views = TwoViews(data, seed, args.crop_min, Augment.num_draws, args.bad_images, recipe)
+    check_batch_size(args.batch_size, len(data.images))
+    run = Run(args, Path(args.save_dir) / run_name(args), CHECKPOINT_KEYS, "" if args.dry_run else args.resume,
+              write=not args.dry_run)
     precision, dtype = resolve_precision(args.precision, device)
     layout = memory_format(device, dtype)
     augment = Augment(data.mean, data.std, data.blur, dtype, layout).to(device)
-    loader = Loader(views, sampler, args.workers, device, augment)
-    knn = knn_evaluation(args, data, device, dtype) if args.knn_freq else None
+    recipe = pil_recipe(data, args.crop_min) if args.augment == "pil" else None
+    views = TwoViewBatches(data, run.seed, args.crop_min, Augment.num_uniforms, args.bad_images, recipe)
+    loader = Loader(views, args.batch_size, args.workers, device, seed=run.seed, shuffle=True, drop_last=True)
+    knn = knn_monitor(args, data, device, dtype) if args.knn_freq else None
 
-    # Model, loss, optimizer.
+    # Model, loss, optimizer
     stem = choose_stem(args.stem, data.image_size)
     encoder = resnet(args.arch, stem, zero_init_residual=True)
     model = SimCLR(encoder, args.dim, args.mlp_dim, args.num_proj_layers).to(device, memory_format=layout)
-    if device.type == "cuda" and ranks > 1:
+    if device.type == "cuda" and world_size() > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.loss_type == "dcl":
-        criterion = GlobalContrastiveLoss(num_images, args.t, args.gamma).to(device)
+        criterion = GlobalContrastiveLoss(len(data.images), args.t, args.gamma).to(device)
     else:
         criterion = ContrastiveLoss(args.t)
     peak_lr = scaled_lr(args.lr, args.batch_size, args.learning_rate_scaling)
@@ -152,81 +126,44 @@ def main_worker(args, device):
         optimizer = LARS(model.parameters(), peak_lr, weight_decay=args.weight_decay, momentum=args.momentum)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), peak_lr, weight_decay=args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # of the gradients of fp16 alone
 
-    settings = vars(args) | {"seed": seed, "precision": precision, "stem": stem, "image_size": data.image_size,
+    # The run: it starts where its checkpoint is, and leaves a record.
+    settings = vars(args) | {"seed": run.seed, "precision": precision, "stem": stem, "image_size": data.image_size,
                              "gamma_decay_epochs": args.gamma_decay_epochs or max(args.epochs // 2, 1),
-                             "images": fingerprint(data.images)}
-    start_epoch, start_step = 0, 0
-    if resume:
-        made_with, source = saved.get("settings", {}), f"--resume {resume}"
-        PARSER.require_same(made_with, {name: settings[name] for name in METHOD_FLAGS}, source)
-        start_epoch, start_step = restore(saved, resume, args, model, criterion, optimizer, scaler)
-        checkpoint.require_same_images(made_with, settings, source)
-    if args.start_epoch is not None:
-        start_epoch, start_step = args.start_epoch, 0
-    steps = len(loader)
-
-    def state(epoch, step):
-        """All that the rest of the run depends on, after `step` steps of `epoch`."""
-        whole = {"epoch": epoch, "step": step, "arch": args.arch,
-                 "state_dict": checkpoint.with_module(model.state_dict()), "optimizer": optimizer.state_dict(),
-                 "scaler": scaler.state_dict(), "seed": seed, "settings": settings, "seconds": seconds()}
-        if args.loss_type == "dcl":
-            whole |= {"u": criterion.u[:, None].float(), **criterion.state_dict()}
-        return whole
-
-    def seconds():
-        """How long the run has taken, over all its starts, without what was lost between a save and a kill; None where
-        its checkpoint does not say.
-        """
-        before = saved.get("seconds") if saved else 0.0
-        return None if before is None else round(before + time.perf_counter() - started, 1)
-
-    if start_epoch >= args.epochs:
-        log(f"=> nothing to do: {resume} has all {args.epochs} epochs")
+                             "images": data.fingerprint}
+    guard = NanGuard(device, f"--lr {args.lr:g}: try a smaller one, a longer --warmup-epochs or --precision fp32")
+    training = Training(model, criterion, optimizer, scaler, guard)
+    run.restore(training, settings, PARSER, RESUME_FLAGS)
+    if run.start_epoch >= args.epochs:
+        log(f"=> nothing to do: {run.resume} has all {args.epochs} epochs")
         return
-    log(f"=> {METHODS[args.loss_type]} on {num_images} images of {data.image_size} pixels ({args.data_name}"
-        + (f" in {os.fsdecode(data.images.root)}" if hasattr(data.images, "root") else "")
-        + f"), {steps} steps an epoch, epochs {start_epoch} to {args.epochs - 1}")
-    log(f"=> {args.arch} with {stem} stem, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"{precision}, seed {seed}, on {device_names(device)}")
-    log(f"=> global batch {args.batch_size} ({args.batch_size // ranks} a rank), "
-        f"peak learning rate {peak_lr:g}, run folder {folder}")
-    log("=> what decides the numbers: " + ", ".join(f"{name} {settings[name]}" for name in METHOD_FLAGS))
-
-    if args.warmup_epochs >= args.epochs:
-        log(f"=> --warmup-epochs {args.warmup_epochs}: no shorter than the run, so the peak is not reached")
-
-    # What stays of the run, beside its checkpoints, and what ends it.
-    record = {"command": sys.argv, "settings": settings, **report.surroundings(device)}
-    if not args.dry_run:
-        report.write_json(folder / "settings.json", record)
+    describe(run, data, model, len(loader), peak_lr, device)
+    record = {"command": sys.argv, "settings": settings, **report.environment_info(device)}
+    steps, epochs, print_freq, knn_acc1 = len(loader), args.epochs, args.print_freq, {}
+    if args.dry_run:
+        loader, epochs, print_freq, knn = FirstBatches(loader), 1, 1, None
     else:
-        log(f"=> dry run: at most {DRY_STEPS} steps or {DRY_SECONDS} seconds of them, and nothing is written")
-    watch = LossWatch(device, f"--lr {args.lr:g}: try a smaller one, a longer --warmup-epochs or --precision fp32")
-    print_freq, knn_acc1 = 1 if args.dry_run else args.print_freq, {}
+        report.write_json(run.folder / "settings.json", record)
 
     net = data_parallel(model, device)
-    with (report.Events(None if args.dry_run else folder, start_epoch * steps + start_step or None) as events,
-          checkpoint.Writer(folder, args.save_minutes) as writer):
-        for epoch in range(start_epoch, args.epochs):
+    with run:
+        events = run.events(run.start_epoch * steps + run.start_step)
+        for epoch in range(run.start_epoch, epochs):
             net.train()
             if args.gamma_schedule == "cosine":
                 criterion.gamma = gamma_at(epoch, args.gamma, settings["gamma_decay_epochs"])
             losses, gcl = AverageMeter("Loss", ".4f"), AverageMeter("GCL", ".4f")
-            first_step = start_step if epoch == start_epoch else 0
-            progress = Progress(epoch, steps, args.batch_size, (args.epochs - epoch) * steps - first_step)
-            for step, (view1, view2, index) in enumerate(loader.epoch(epoch, first_step), first_step):
-                progress.loaded()
+            progress = Progress(loader, epoch, run.first_step(epoch), args.epochs, args.batch_size)
+            for step, (view1, view2, index) in progress:
                 lr = lr_at(epoch + step / steps, peak_lr, args.epochs, args.warmup_epochs)
                 set_lr(optimizer, lr)
 
+                images1, images2 = augment(view1), augment(view2)               # [b, 3, H, W] each
                 with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
-                    z1, z2 = net(view1, view2)                          # [b, D] each
+                    z1, z2 = net(images1, images2)                              # [b, D] each
                 loss = criterion(z1, z2, index)
-                watch.add(loss, criterion.keys, ranks, f"epoch {epoch}, step {step}")
-
+                guard.check(loss, criterion.keys, f"epoch {epoch}, step {step}")
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
@@ -234,67 +171,111 @@ def main_worker(args, device):
 
                 losses.update(loss.detach())
                 gcl.update(criterion.gcl())
-                progress.stepped()
+                progress.step_done()
                 if step % print_freq == 0:
-                    log(progress.line(step, [losses, gcl, f"LR {lr:.4g}"]), live=progress.live)
-                    alignment, uniformity = alignment_and_uniformity(criterion.keys)
-                    events.scalars({"loss/loss": losses.value, "loss/gcl": gcl.value,
-                                    "features/alignment": alignment, "features/uniformity": uniformity,
-                                    "run/learning rate": lr, "run/images per second": progress.images_per_second,
-                                    **({"run/gamma": criterion.gamma} if args.loss_type == "dcl" else {}),
-                                    **({"run/GPU memory, GiB": torch.cuda.max_memory_allocated() / 2**30}
-                                       if device.type == "cuda" else {})}, epoch * steps + step)
-                if events and (epoch, step) == (start_epoch, start_step):
-                    pairs = torch.stack([view1[:32], view2[:32]], 1).flatten(0, 1)      # an image's views side by side
-                    events.image("views", make_grid(augment.normalize.undo(pairs)), epoch * steps + step)
+                    log(progress.line(losses, gcl, f"LR {lr:.4g}"), live=progress.live)
+                    events.scalars(watched(criterion, losses, gcl, lr, progress), epoch * steps + step)
+                if (epoch, step) == (run.start_epoch, run.start_step):
+                    events.write("add_image", "views", side_by_side(augment, images1, images2), epoch * steps + step)
+                run.after_step(epoch, step, steps)
 
-                stop = stop_requested()         # the same on all ranks
-                if args.dry_run and broadcast_int(
-                        stop or step + 1 == min(steps, DRY_STEPS)
-                        or (progress.done > 1 and progress.now - progress.start > DRY_SECONDS)):
-                    log(estimate(args, progress, steps, state(epoch, step), device))
-                    return
-                if step + 1 < steps and (stop or writer.is_due()):      # after the last step the epoch's own save comes
-                    watch.check_weights(model, f"epoch {epoch}, step {step}")
-                    writer.save(state(epoch, step + 1))
-                    if stop:
-                        raise Stopped(f"after epoch {epoch}, step {step}")
-
-            watch.check_weights(model, f"epoch {epoch}")
-            kept = checkpoint_is_kept(args, epoch)
-            writer.save(state(epoch + 1, 0), *[f"checkpoint_{epoch:04d}.pth.tar"] * kept)
-            events.flush()
-            log(progress.summary([losses, gcl]))
-            if stop and epoch + 1 < args.epochs:
-                raise Stopped(f"after epoch {epoch}")
-            if events and args.loss_type == "dcl":
-                events.histogram("u/log u", criterion.log_u[criterion.log_u.isfinite()], (epoch + 1) * steps)
-                events.histogram("u/age in epochs", criterion.age / steps, (epoch + 1) * steps)
+            log(progress.summary(losses, gcl))
+            run.after_epoch(epoch, *[f"checkpoint_{epoch:04d}.pth.tar"] * checkpoint_is_kept(args, epoch))
             if knn and ((epoch + 1) % args.knn_freq == 0 or epoch == args.epochs - 1):
                 knn_acc1 = {f"kNN-{k}": acc1 for k, acc1 in knn(model.base_encoder).items()}
                 log(f" * Epoch {epoch} " + " ".join(f"{name} {acc1:.1f}" for name, acc1 in knn_acc1.items()))
                 events.scalars({f"features/{name}": acc1 for name, acc1 in knn_acc1.items()}, (epoch + 1) * steps)
-    report.write_json(folder / "results.json", {
-        "loss": losses.average, "gcl": gcl.average, **knn_acc1, "first_epoch": start_epoch,
-        "seconds": seconds(), **record})
-    log(f"=> done: {folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
+            show_u(events, criterion, steps, (epoch + 1) * steps)
+    if args.dry_run:
+        log(dry_run_report(args, progress, training, device))
+        return
+    report.write_json(run.folder / "results.json", {
+        "loss": losses.average, "gcl": gcl.average, **knn_acc1, "first_epoch": run.start_epoch,
+        "seconds": training.seconds(), **record})
+    log(f"=> done: {run.folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
 
 
-def estimate(args, progress, steps, state, device):
-    """What the whole run will take, by its first steps and what a checkpoint holds, in one line."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        memory = (f"{torch.cuda.max_memory_reserved() / 2**30:.1f} of "
-                  f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB on each GPU")
-    else:
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB, and the workers'"
-    hours = args.epochs * steps * progress.seconds_per_step / 3600
-    duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
-    kept = 2 + sum(checkpoint_is_kept(args, epoch) for epoch in range(args.epochs))      # and the last and the previous
-    disk = kept * checkpoint.size(state) / 2**30
-    return (f"=> {args.epochs} epochs will take about {duration} ({progress.images_per_second:.0f} images/s, "
-            f"{progress.waiting}), memory {memory}, and {disk:.1f} GiB in {args.save_dir} for {kept} checkpoints; "
-            "dry run: nothing was written")
+class Training:
+    """All that training changes, as a checkpoint holds it; see `Run.restore`."""
+
+    def __init__(self, model, criterion, optimizer, scaler, guard):
+        self.model, self.criterion, self.optimizer, self.scaler, self.guard = model, criterion, optimizer, scaler, guard
+        self.started, self.seconds_before = time.perf_counter(), 0.0
+
+    def seconds(self):
+        """How long the run has taken, over all its starts, without what was lost between a save and a kill; None where
+        its checkpoint does not say.
+        """
+        before = self.seconds_before
+        return None if before is None else round(before + time.perf_counter() - self.started, 1)
+
+    def state(self):
+        saved = {"state_dict": checkpoint.add_ddp_prefix(self.model.state_dict()),
+                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                 "seconds": self.seconds()}
+        if isinstance(self.criterion, GlobalContrastiveLoss):       # u is what the authors' files have
+            saved |= {"u": self.criterion.u[:, None].float(), **self.criterion.state_dict()}
+        return saved
+
+    def restore(self, saved, source):
+        """Raises InputError where the checkpoint is of another architecture, data set or loss."""
+        if isinstance(self.criterion, GlobalContrastiveLoss):
+            checkpoint.require(saved, source, ("u",))
+            rows, images = saved["u"].numel(), len(self.criterion.log_u)
+            if rows not in (images, images + 1):        # the authors keep one row more
+                raise InputError(f"{source}: was made on {rows} images, but this data set holds {images}")
+            self.criterion.u = saved["u"].flatten()[:images]
+            self.criterion.load_state_dict({name: saved.get(name, tensor)
+                                            for name, tensor in self.criterion.state_dict().items()})
+        checkpoint.restore_parts(saved | {"state_dict": checkpoint.remove_ddp_prefix(saved["state_dict"])}, source,
+                                 state_dict=self.model, optimizer=self.optimizer, scaler=self.scaler)
+        self.seconds_before = saved.get("seconds")
+
+    def check_finite(self, place):
+        self.guard.check_weights(self.model, place)
+
+
+def describe(run, data, model, steps, peak_lr, device):
+    """Print what the run is about to do."""
+    args, settings, ranks = run.args, run.settings, world_size()
+    where = args.data_name + (f" in {os.fsdecode(data.images.root)}" if hasattr(data.images, "root") else "")
+    log(f"=> {METHODS[args.loss_type]} on {len(data.images)} images of {data.image_size} pixels ({where}), {steps} "
+        f"steps an epoch, epochs {run.start_epoch} to {args.epochs - 1}")
+    log(f"=> {args.arch} with {settings['stem']} stem, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
+        f"parameters, {settings['precision']}, seed {run.seed}, on {report.device_names(device)}")
+    log(f"=> global batch {args.batch_size} ({args.batch_size // ranks} per rank), "
+        f"peak learning rate {peak_lr:g}, run folder {run.folder}")
+    log("=> config: " + ", ".join(f"{name} {settings[name]}" for name in RESUME_FLAGS))
+    if args.warmup_epochs >= args.epochs:
+        log(f"=> --warmup-epochs {args.warmup_epochs}: no shorter than the run, so the peak is not reached")
+    if args.dry_run:
+        log(f"=> dry run: at most {DRY_STEPS} steps or {DRY_SECONDS} seconds of them, and nothing is written")
+
+
+def watched(criterion, losses, gcl, lr, progress):
+    """What TensorBoard shows of a step, {name: value}."""
+    alignment, uniformity = alignment_and_uniformity(criterion.keys)
+    values = {"loss/loss": losses.value, "loss/gcl": gcl.value, "features/alignment": alignment,
+              "features/uniformity": uniformity, "run/learning rate": lr,
+              "run/images per second": progress.images_per_second}
+    if isinstance(criterion, GlobalContrastiveLoss):
+        values["run/gamma"] = criterion.gamma
+    if criterion.keys.is_cuda:
+        values["run/GPU memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    return values
+
+
+def side_by_side(augment, images1, images2):
+    """The first images' two views next to each other, as one picture [3, H, W] in 0..1."""
+    pairs = torch.stack([images1[:32], images2[:32]], 1).flatten(0, 1)
+    return make_grid(augment.normalize.undo(pairs))
+
+
+def show_u(events, criterion, steps, at):
+    """Histograms of the moving averages and of how long ago they were updated. steps: in an epoch; at: all so far."""
+    if isinstance(criterion, GlobalContrastiveLoss):
+        events.write("add_histogram", "u/log u", criterion.log_u[criterion.log_u.isfinite()], at)
+        events.write("add_histogram", "u/age in epochs", criterion.age / steps, at)
 
 
 def checkpoint_is_kept(args, epoch):
@@ -302,73 +283,49 @@ def checkpoint_is_kept(args, epoch):
     return epoch % args.save_freq == 0 or epoch >= args.epochs - 3
 
 
-def restore(saved, path, args, model, criterion, optimizer, scaler):
-    """Put a checkpoint back into everything that training changes, and return the epoch and step to start with.
-
-    saved: the checkpoint read from `path`. Raises InputError where it is of another architecture, data set or loss.
-    """
-    if saved["arch"] != args.arch:      # the authors' files have no settings
-        raise InputError(f"--resume {path}: was made with --arch {saved['arch']}, not {args.arch}")
-    if args.loss_type == "dcl":
-        checkpoint.require(saved, path, "--resume", ("u",))
-        rows, images = saved["u"].numel(), len(criterion.log_u)
-        if rows not in (images, images + 1):        # the authors keep one row more
-            raise InputError(f"--resume {path}: was made on {rows} images, but this data set holds {images}")
-        criterion.u = saved["u"].flatten()[:images]     # all that the authors' files have
-        criterion.load_state_dict({name: saved.get(name, tensor) for name, tensor in criterion.state_dict().items()})
+def knn_monitor(args, data, device, dtype):
+    """For --knn-freq. Raises InputError where images have no labels."""
     try:
-        model.load_state_dict(checkpoint.without_module(saved["state_dict"]))
-        optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise InputError(f"--resume {path}: was made with another model or optimizer: "
-                         + " ".join(str(error).split())[:200]) from error
-    if saved["scaler"]:
-        scaler.load_state_dict(saved["scaler"])
-    step = saved.get("step", 0)
-    log(f"=> resumed {path} after {saved['epoch']} epochs" + f" and {step} steps" * (step > 0))
-    return saved["epoch"], step
-
-
-def knn_evaluation(args, data, device, dtype):
-    """For --knn-freq: a function from the encoder to {k: its kNN accuracy in percent}, the same on every rank.
-
-    data: the training images, whose centre crops are the bank; those of the validation images are the queries. It
-    evaluates a copy of the encoder, with the BatchNorm statistics that rank 0 would save, and leaves torch's generator
-    as it was, so that the run stays the same. Raises InputError where images have no labels.
-    """
-    try:
-        if args.data_name == "folder":      # was listed without classes, in an order that must not change
-            data = open_data_set(args.data_name, args.data, "train", args.image_size)
-        val_data = open_data_set(args.data_name, args.data, "val", args.image_size)
+        # A folder was listed without classes, in an order that must not change.
+        train = data if args.data_name != "folder" else None
+        return KNNMonitor(*open_train_and_val(args.data_name, args.data, args.image_size, train), args, device, dtype)
     except InputError as error:
         raise InputError(f"--knn-freq {args.knn_freq}: needs images with labels, leave the flag out where there are "
                          f"none; {error}") from error
-    classes = data.images.classes
-    if classes != val_data.images.classes:
-        raise InputError(f"--knn-freq {args.knn_freq}: train and val hold different classes ({len(classes)} and "
-                         f"{len(val_data.images.classes)}), make them the same folders of --data")
-    bank, queries = (Loader(Labelled(images, bad_images=args.bad_images),
-                            EpochSampler(len(images.images), args.batch_size), args.workers, device)
-                     for images in (data, val_data))
 
-    def evaluate(encoder):
-        frozen = copy.deepcopy(encoder).eval()
-        frozen.fc = torch.nn.Identity()
-        for buffer in frozen.buffers():
-            distributed.broadcast(buffer)
 
-        encode = Encoder(frozen, Normalize(data.mean, data.std).to(device), dtype)
+class FirstBatches:
+    """For --dry-run: the first batches of a loader."""
 
-        @torch.inference_mode()
-        def features(images):
-            """uint8 [b, 3, H, W] -> float32 [b, C], of length 1: so half precision holds them."""
-            return F.normalize(encode(images))
+    def __init__(self, loader):
+        self.loader = loader
 
-        with torch.random.fork_rng(devices=[]):     # a loader takes its workers' seeds from there
-            return knn_accuracy(*extract(features, bank, torch.float16), *extract(features, queries, torch.float16),
-                                len(classes))
+    def __len__(self):
+        return len(self.loader)
 
-    return evaluate
+    def epoch(self, epoch, first_step):
+        start = time.perf_counter()
+        for step, batch in enumerate(self.loader.epoch(epoch, first_step)):
+            yield batch
+            if broadcast_int(step + 1 == DRY_STEPS or (step > 0 and time.perf_counter() - start > DRY_SECONDS)):
+                return
+
+
+def dry_run_report(args, progress, training, device):
+    """What the whole run will take, by its first steps and what a checkpoint holds, in one line."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        memory = (f"{torch.cuda.max_memory_reserved() / 2**30:.1f} of "
+                  f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB on each GPU")
+    else:
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB, and the workers'"
+    hours = args.epochs * progress.steps * progress.seconds_per_step / 3600
+    duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    kept = 2 + sum(checkpoint_is_kept(args, epoch) for epoch in range(args.epochs))      # and the last and the previous
+    disk = kept * checkpoint.size(training.state()) / 2**30
+    return (f"=> {args.epochs} epochs will take about {duration} ({progress.images_per_second:.0f} images/s, "
+            f"{progress.waiting}), memory {memory}, and {disk:.1f} GiB in {args.save_dir} for {kept} checkpoints; "
+            "dry run: nothing was written")
 
 
 PARSER = build_parser()

@@ -15,6 +15,7 @@ Each figure is the median over repeats in which the contestants take turns, sinc
 there is one, else on the CPU.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -36,10 +37,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sogclr import InputError, checkpoint
 from sogclr.augment import Augment, Normalize, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, memory_format, resnet
+from sogclr.datasets import IMAGENET_MEAN_STD, ImageSet, open_data_set
 from sogclr.flags import ARCHITECTURES, Parser, number, output_file, resolve_precision
-from sogclr.loader import IMAGENET_MEAN_STD, EpochSampler, ImageSet, Loader, TwoViews, open_data_set, workers_per_rank
+from sogclr.loader import EpochSampler, Loader, TwoViewBatches, workers_per_rank
 from sogclr.loss import GlobalContrastiveLoss
 from sogclr.optimizer import LARS
+from sogclr.subset import Subset
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,8 +144,8 @@ def table(rows):
 def resident_view(args):
     """A view as the loader makes it, of random crops, on the device."""
     crops = torch.randint(0, 256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
-    draws = torch.rand(args.batch_size, Augment.num_draws)
-    return crops.to(DEVICE, memory_format=torch.channels_last), draws.to(DEVICE)
+    uniforms = torch.rand(args.batch_size, Augment.num_uniforms)
+    return crops.to(DEVICE, memory_format=torch.channels_last), uniforms.to(DEVICE)
 
 
 class Training:
@@ -166,19 +169,19 @@ class Training:
         self.z = [z.detach().requires_grad_() for z in self.encode(*self.images)]
         self.z_grads = [torch.randn_like(z) for z in self.z]
 
-    def encode(self, view1, view2):
+    def encode(self, images1, images2):
         with torch.autocast(DEVICE.type, self.dtype, enabled=self.precision != "fp32"):
-            return self.model(view1, view2)
+            return self.model(images1, images2)
 
     def step(self, view1, view2, index):
-        loss = self.criterion(*self.encode(view1, view2), index)
+        loss = self.criterion(*self.encode(self.augment(view1), self.augment(view2)), index)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
     def full_step(self):
-        self.step(*map(self.augment, self.views), self.index)
+        self.step(*self.views, self.index)
 
     def floor(self):
         """The two views' passes forward and backward through the encoder, which no code around it can save."""
@@ -276,13 +279,15 @@ def benchmark_train(args):
     if steps < 2:
         raise InputError(f"--data {args.data}: holds {len(data.images)} images, 2 batches of --batch-size "
                          f"{args.batch_size} are needed at least")
-    sampler = EpochSampler(steps * args.batch_size, args.batch_size, shuffle=True, drop_last=True)
+    data = dataclasses.replace(data, images=Subset(data.images, range(steps * args.batch_size)))
     training, plain = Training(args, data), PlainTraining(args, data)
-    loader = Loader(TwoViews(data, 0, 0.08, Augment.num_draws, "skip"), sampler, args.workers, DEVICE, training.augment)
-    recipe, workers = pil_recipe(data.image_size, 0.08, data.mean, data.std, data.blur), workers_per_rank(args.workers)
+    loader = Loader(TwoViewBatches(data, 0, 0.08, Augment.num_uniforms, "skip"), args.batch_size, args.workers, DEVICE,
+                    shuffle=True, drop_last=True)
+    workers = workers_per_rank(args.workers)
     plain_loader = torch.utils.data.DataLoader(
-        TwoViews(data, 0, 0.08, Augment.num_draws, "skip", recipe), batch_sampler=sampler, collate_fn=as_made,
-        num_workers=workers, pin_memory=DEVICE.type == "cuda", persistent_workers=workers > 0)
+        TwoViewBatches(data, 0, 0.08, Augment.num_uniforms, "skip", pil_recipe(data, 0.08)),
+        batch_sampler=EpochSampler(len(data.images), args.batch_size, shuffle=True, drop_last=True),
+        collate_fn=as_made, num_workers=workers, pin_memory=DEVICE.type == "cuda", persistent_workers=workers > 0)
     contestants = {     # the step, and a turn's batches
         "floor: encoder alone": (training.floor, lambda turn: itertools.repeat((), steps)),
         "full step": (training.full_step, lambda turn: itertools.repeat((), steps)),
@@ -507,12 +512,12 @@ def benchmark_data(args):
     if not batch_size:
         raise InputError(f"--data {args.data}: holds {len(data.images)} images, 4 are needed at least")
     sampler = EpochSampler(len(data.images), batch_size, shuffle=True, drop_last=True)
-    pil = pil_recipe(size, 0.08, data.mean, data.std, data.blur)
+    pil = pil_recipe(data, 0.08)
     loaders = {}
     for name, recipe, workers in (("pil_1", pil, 1), ("ours_1", None, 1), ("ours_2", None, 2)):
         loaders[name] = torch.utils.data.DataLoader(
-            TwoViews(data, 0, 0.08, Augment.num_draws, "skip", recipe), batch_sampler=sampler, collate_fn=as_made,
-            num_workers=workers, worker_init_fn=pin_to_a_core, persistent_workers=True)
+            TwoViewBatches(data, 0, 0.08, Augment.num_uniforms, "skip", recipe), batch_sampler=sampler,
+            collate_fn=as_made, num_workers=workers, worker_init_fn=pin_to_a_core, persistent_workers=True)
     rates = {name: [] for name in loaders}
     for turn in range(max(args.repeats // 6, 1) + 1):       # one to warm up
         for name, loader in loaders.items():
@@ -525,7 +530,7 @@ def benchmark_data(args):
     figures = {name: statistics.median(values) for name, values in rates.items()}
     stage = Augment(data.mean, data.std, data.blur).to(DEVICE)
     crops = torch.randint(0, 256, (64, 3, size, size), dtype=torch.uint8, device=DEVICE)
-    view = crops, torch.rand(64, Augment.num_draws, device=DEVICE)
+    view = crops, torch.rand(64, Augment.num_uniforms, device=DEVICE)
     ms = milliseconds({"device": lambda: (stage(view), stage(view))}, max(args.repeats // 6, 1))["device"]
     print(f"image pairs/s at {size} pixels: workers by recipe and number, and the colour on the device apart")
     return [figures | {"ours_1 / pil_1": figures["ours_1"] / figures["pil_1"],

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sogclr import InputError
 from sogclr.flags import Parser, output_file
-from train import METHOD_FLAGS, PARSER
+from train import PARSER, RESUME_FLAGS
 
 MINUTES = "minutes"
 LOSSES = {"cl": ("SimCLR", (200, 80, 40)), "dcl": ("SogCLR", (40, 90, 180))}        # name and colour
@@ -63,7 +63,7 @@ def read(folder):
         raise InputError(f"{folder}: holds no results.json of a pretrained encoder, run lincls.py first")
 
     names = ["loss_type", "batch_size"]
-    names += [name for name in METHOD_FLAGS if name not in (*names, "seed")
+    names += [name for name in RESUME_FLAGS if name not in (*names, "seed")
               and len({setting(encoder, name) for _, encoder, _, _ in runs} - {None}) > 1]
     table, entered = {}, {}
     for file, encoder, values, seconds in runs:

@@ -23,8 +23,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sogclr import checkpoint, distributed
+from sogclr import checkpoint
 from sogclr.flags import Parser, number
+from sogclr.launch import free_port
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 IMAGES, BATCH = 64, 8
@@ -35,7 +36,7 @@ class Run:
     """The two processes, started as by hand on two machines."""
 
     def __init__(self, data, folder, epochs):
-        url = f"tcp://localhost:{distributed.free_port()}"
+        url = f"tcp://localhost:{free_port()}"
         flags = ["--data_name", "folder", "--data", data, "--arch", "resnet18", "--image-size", 32,
                  "--stem", "imagenet", "--batch-size", BATCH, "--epochs", epochs, "--workers", 2, "--seed", 1,
                  "--save_dir", folder, "--save-minutes", 0.005, "--print-freq", 1, "--resume", "auto",

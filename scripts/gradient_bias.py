@@ -16,7 +16,7 @@ views and in other batches, as in training; but since the network does not move,
 temperature few views decide a score: the angles then depend on how many images there are.
 
 The last row is of the network instead: the mean of the negatives' score g among the images of a batch by whose own
-statistics BatchNorm normalises them, as in training, in parts of its mean among all of them.
+statistics BatchNorm normalizes them, as in training, in parts of its mean among all of them.
 """
 
 import copy
@@ -34,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sogclr import InputError, checkpoint
 from sogclr.augment import Augment, pil_recipe
 from sogclr.builder import SimCLR, memory_format, resnet
+from sogclr.datasets import open_data_set
 from sogclr.flags import Parser, number, resolve_precision
-from sogclr.loader import EpochSampler, Loader, TwoViews, fingerprint, open_data_set
+from sogclr.loader import Loader, TwoViewBatches
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
 from sogclr.subset import Subset
 
@@ -57,26 +58,24 @@ class Network:
         self.settings, self.device, self.workers, self.epoch = settings, device, args.workers, saved["epoch"]
         name, folder = settings["data_name"], args.data or settings["data"]
         data = open_data_set(name, folder, "train", settings["image_size"], labels=name != "folder")
-        checkpoint.require_same_images(settings, {"images": fingerprint(data.images)}, source)
-        count = self.num_images = min(args.images, len(data.images))
+        checkpoint.require_same_images(settings, {"images": data.fingerprint}, source)
+        count = min(args.images, len(data.images))
         for size in args.batch_sizes:
             if size > count:
                 raise InputError(f"--batch-sizes {size}: only {count} images are looked at, give smaller ones")
         chosen = np.random.default_rng(0).permutation(len(data.images))[:count]
         data.images = Subset(data.images, np.sort(chosen))
 
-        recipe = None
-        if settings["augment"] == "pil":
-            recipe = pil_recipe(data.image_size, settings["crop_min"], data.mean, data.std, data.blur)
-        self.views = TwoViews(data, settings["seed"], settings["crop_min"], Augment.num_draws, settings["bad_images"],
-                              recipe)
+        recipe = pil_recipe(data, settings["crop_min"]) if settings["augment"] == "pil" else None
+        self.views = TwoViewBatches(data, settings["seed"], settings["crop_min"], Augment.num_uniforms,
+                                    settings["bad_images"], recipe)
         _, self.dtype = resolve_precision(settings["precision"], device)
         layout = memory_format(device, self.dtype)
         self.augment = Augment(data.mean, data.std, data.blur, self.dtype, layout).to(device)
         self.model = SimCLR(resnet(settings["arch"], settings["stem"]), settings["dim"], settings["mlp_dim"],
                             settings["num_proj_layers"])
         try:
-            self.model.load_state_dict(checkpoint.without_module(saved["state_dict"]))
+            self.model.load_state_dict(checkpoint.remove_ddp_prefix(saved["state_dict"]))
         except RuntimeError as error:
             raise InputError(f"{source}: its weights are not those of its --arch {settings['arch']}") from error
         self.model.to(device, memory_format=layout).eval()
@@ -85,19 +84,18 @@ class Network:
     def project(self, visit, batch_size, batch_statistics=False):
         """[N, 2, D] the projections, of length 1, of the two views that each image has at a visit.
 
-        visit: which, from 0. batch_statistics: BatchNorm normalises each batch by its own, and the images come batch by
+        visit: which, from 0. batch_statistics: BatchNorm normalizes each batch by its own, and the images come batch by
         batch, at random, without an incomplete last one.
         """
-        order = EpochSampler(self.num_images, batch_size, self.settings["seed"], shuffle=batch_statistics,
-                             drop_last=batch_statistics)
-        loader = Loader(self.views, order, self.workers, self.device, self.augment)
+        loader = Loader(self.views, batch_size, self.workers, self.device, seed=self.settings["seed"],
+                        shuffle=batch_statistics, drop_last=batch_statistics)
         model = copy.deepcopy(self.model).train(batch_statistics)       # whose running statistics would move
         z, index = [], []
         for view1, view2, batch in loader.epoch(self.epoch + visit):
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                z.append(torch.stack(model(view1, view2), dim=1).float())
+                z.append(torch.stack(model(self.augment(view1), self.augment(view2)), dim=1).float())
             index.append(batch)
-        print(f"=> visit {visit} of {self.num_images} images", file=sys.stderr)
+        print(f"=> visit {visit} of {len(self.views)} images", file=sys.stderr)
         index = torch.cat(index)
         if len(index.unique()) < len(index):
             raise InputError("--data: an image that cannot be read has been replaced by another, remove it")
@@ -165,7 +163,7 @@ def log_mean_score(z, t):
     """The log of the mean of g, over the anchors of z [n, 2, D] as one batch."""
     criterion = GlobalContrastiveLoss(len(z), t, gamma=1.0).to(z.device)
     criterion(*z.unbind(1), torch.arange(len(z)))
-    return criterion.log_U.logsumexp(0) - math.log(len(criterion.log_U))
+    return criterion.log_U.flatten().logsumexp(0) - math.log(criterion.log_U.numel())
 
 
 def table(args, network):

@@ -19,8 +19,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sogclr import InputError
+from sogclr.datasets import open_data_set
 from sogclr.flags import DATA_SETS, Parser, number
-from sogclr.loader import open_data_set
 from sogclr.subset import balanced_indices
 
 

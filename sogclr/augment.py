@@ -1,4 +1,4 @@
-"""The colour half of the SimCLR recipe, for a whole batch at once on the device, each image with its own parameters.
+"""The color half of the SimCLR recipe, for a whole batch at once on the device, each image with its own parameters.
 
 The worker processes decode and crop (`sogclr.loader`) and hand over uint8 crops with the uniform random numbers that
 decide the rest. Here every operation is a formula over the whole batch, without branches, so that it runs the same on
@@ -13,9 +13,9 @@ import torchvision.transforms as T
 from PIL import ImageFilter
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
-P_JITTER, P_GREY = 0.8, 0.2
+P_JITTER, P_GRAYSCALE = 0.8, 0.2
 SIGMA = 0.1, 2.0        # of the blur, in pixels
-_LUMA = 0.2989, 0.587, 0.114
+_GRAYSCALE = 0.2989, 0.587, 0.114
 
 
 class Normalize(nn.Module):
@@ -35,16 +35,16 @@ class Normalize(nn.Module):
 
 
 class Augment(nn.Module):
-    """Colour jitter, greyscale, blur and normalisation, called with a view as the loader makes it:
+    """Color jitter, grayscale, blur and normalization, called with a view as the loader makes it:
 
-    (images, draws): uint8 [B, 3, H, W] crops, already flipped, and float32 [B, num_draws] uniform in [0, 1), on any
-    device. Returns [B, 3, H, W], normalised, on the device of this module. Images that are float already come from
+    (images, uniforms): uint8 [B, 3, H, W] crops, already flipped, and float32 [B, num_uniforms] uniform in [0, 1), on
+    any device. Returns [B, 3, H, W], normalized, on the device of this module. Images that are float already come from
     `pil_recipe` and are finished.
     blur: whether to blur (the authors do not at 32 pixels); dtype, memory_format: of the result. The arithmetic is
     float32.
     """
 
-    num_draws = 11
+    num_uniforms = 11
 
     def __init__(self, mean, std, blur, dtype=torch.float32, memory_format=torch.contiguous_format):
         super().__init__()
@@ -57,25 +57,25 @@ class Augment(nn.Module):
             return self.augmented(view)
 
     def augmented(self, view):
-        images, draws = (part.to(self.normalize.mean.device, non_blocking=True) for part in view)
+        images, uniforms = (part.to(self.normalize.mean.device, non_blocking=True) for part in view)
         if images.is_floating_point():
             return images.to(self.dtype, memory_format=self.memory_format)
         images = images.contiguous() / 255      # a channel's pixels side by side: most of what follows is by channel
-        images = color_jitter(images, *jitter_parameters(draws[:, :9]))
-        images = torch.lerp(images, luma(images), (draws[:, 9] < P_GREY).to(images)[:, None, None, None])
+        images = color_jitter(images, *jitter_parameters(uniforms[:, :9]))
+        images = torch.lerp(images, grayscale(images), (uniforms[:, 9] < P_GRAYSCALE).to(images)[:, None, None, None])
         if self.blur:
-            images = gaussian_blur(images, SIGMA[0] + (SIGMA[1] - SIGMA[0]) * draws[:, 10])
+            images = gaussian_blur(images, SIGMA[0] + (SIGMA[1] - SIGMA[0]) * uniforms[:, 10])
         images = (images - self.normalize.mean) / self.normalize.std
         return images.to(self.dtype, memory_format=self.memory_format)
 
 
-def jitter_parameters(draws):
-    """[B, 9] uniform draws -> order [B, 4] of the operations (0 brightness, 1 contrast, 2 saturation, 3 hue) and their
-    factors [B, 4], which are those that change nothing where the jitter is not applied (probability 1 - P_JITTER).
+def jitter_parameters(uniforms):
+    """[B, 9] uniform numbers -> order [B, 4] of the operations (0 brightness, 1 contrast, 2 saturation, 3 hue) and
+    their factors [B, 4], which are those that change nothing where no jitter is applied (probability 1 - P_JITTER).
     """
-    order = draws[:, :4].argsort(dim=1)
-    applied = draws[:, 4:5] < P_JITTER
-    brightness, contrast, saturation, hue = (applied * (2 * draws[:, 5:9] - 1)).unbind(1)       # each in -1..1
+    order = uniforms[:, :4].argsort(dim=1)
+    applied = uniforms[:, 4:5] < P_JITTER
+    brightness, contrast, saturation, hue = (applied * (2 * uniforms[:, 5:9] - 1)).unbind(1)       # each in -1..1
     return order, torch.stack([1 + BRIGHTNESS * brightness, 1 + CONTRAST * contrast,
                                1 + SATURATION * saturation, HUE * hue], dim=1)
 
@@ -85,9 +85,9 @@ def color_jitter(images, order, factors):
 
     images: [B, 3, H, W] in [0, 1]; order: [B, 4] the operation at each place; factors: [B, 4] by operation.
 
-    Brightness, contrast and saturation are one formula, a blend with black, with the mean grey, or with the grey image.
-    Hue is the dear one, so it is done once for all: three places before it, then hue, then three places after it, with
-    a blend that changes nothing where an image has no operation left.
+    Brightness, contrast and saturation are one formula, a blend with black, with the mean gray, or with the gray image.
+    Hue costs most, so it is done once for all: three places before it, then hue, then three places after it, with a
+    blend that changes nothing where an image has no operation left.
     """
     # What is done at each place, [B, 4, 1, 1, 1], for all places at once: a small batch on a GPU takes as long as its
     # launches.
@@ -108,16 +108,16 @@ def _blend(images, factor, contrast, saturation):
     """Brightness, or what `contrast` or `saturation` says (1 where it is that, else 0), by a factor, which is 1 where
     nothing is to change. All but the images are [B, 1, 1, 1].
     """
-    grey = luma(images)
-    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
-    other = torch.addcmul(mean * contrast, grey, saturation)
+    gray = grayscale(images)
+    mean = gray.mean(dim=(1, 2, 3), keepdim=True)
+    other = torch.addcmul(mean * contrast, gray, saturation)
     return torch.lerp(other, images, factor).clamp_(0, 1)               # exactly `images` where factor is 1
 
 
-def luma(images):
-    """[B, 3, H, W] -> [B, 1, H, W] grey, with torchvision's weights."""
+def grayscale(images):
+    """[B, 3, H, W] -> [B, 1, H, W] gray, with torchvision's weights."""
     r, g, b = images.unbind(1)
-    return (_LUMA[0] * r).add_(g, alpha=_LUMA[1]).add_(b, alpha=_LUMA[2])[:, None]
+    return (_GRAYSCALE[0] * r).add_(g, alpha=_GRAYSCALE[1]).add_(b, alpha=_GRAYSCALE[2])[:, None]
 
 
 def adjust_hue(images, shift):
@@ -162,15 +162,15 @@ class _PILBlur:
         return image.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(*SIGMA))))
 
 
-def pil_recipe(size, crop_min, mean, std, blur):
-    """The authors' augmentation as they compose it, from torchvision's transforms of one image: the yardstick of the
-    batched one (`--augment pil`). PIL image -> float32 [3, size, size].
+def pil_recipe(data, crop_min):
+    """The authors' augmentation as they compose it, from torchvision's transforms of one image: the reference of the
+    batched one (`--augment pil`). data: an `ImageSet`. PIL image -> float32 [3, size, size].
     """
     jitter = T.ColorJitter(BRIGHTNESS, CONTRAST, SATURATION, HUE)
-    return T.Compose([T.RandomResizedCrop(size, scale=(crop_min, 1.0)),
+    return T.Compose([T.RandomResizedCrop(data.image_size, scale=(crop_min, 1.0)),
                       T.RandomApply([jitter], p=P_JITTER),
-                      T.RandomGrayscale(p=P_GREY),
-                      *([_PILBlur()] if blur else []),
+                      T.RandomGrayscale(p=P_GRAYSCALE),
+                      *([_PILBlur()] if data.blur else []),
                       T.RandomHorizontalFlip(),
                       T.ToTensor(),
-                      T.Normalize(mean, std)])
+                      T.Normalize(data.mean, data.std)])

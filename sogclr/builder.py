@@ -59,9 +59,9 @@ class SimCLR(nn.Module):
         self.base_encoder.fc = projection_head(num_proj_layers, base_encoder.fc.in_features, mlp_dim, dim)
 
     def forward(self, x1, x2):
-        """Two views [B, 3, H, W] -> their projections [B, D] each, not normalised.
+        """Two views [B, 3, H, W] -> their projections [B, D] each, not normalized.
 
-        Two passes, one a view, as the authors do: each view is normalised by its own batch statistics.
+        Two passes, one a view, as the authors do: each view is normalized by its own batch statistics.
         """
         return self.base_encoder(x1), self.base_encoder(x2)
 
@@ -85,13 +85,15 @@ ENCODER_PREFIXES = (
 _WRAPPERS = ("state_dict", "model")
 
 
-def encoder_state(checkpoint, source):
+def encoder_state(checkpoint, source, arch=None):
     """The encoder's tensors in a checkpoint of train.py or of those at `ENCODER_PREFIXES`, under torchvision's names,
     without `fc`.
 
-    checkpoint: what `sogclr.checkpoint.load` returned; source: the file's name, for the message.
-    Raises InputError where there is no ResNet in it.
+    checkpoint: what `sogclr.checkpoint.load` returned; source: the flag and file, for the message; arch: what it
+    must be, if it tells one, None for any. Raises InputError where it is another, or there is no ResNet.
     """
+    if arch and checkpoint.get("arch", arch) != arch:
+        raise InputError(f"{source}: was made with --arch {checkpoint['arch']}, not {arch}")
     state = next((checkpoint[key] for key in _WRAPPERS if isinstance(checkpoint.get(key), dict)), checkpoint)
     state = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     prefix = next((prefix for prefix in ENCODER_PREFIXES if prefix + "conv1.weight" in state), None)

@@ -1,24 +1,20 @@
-"""Run folders and checkpoint files."""
+"""Checkpoint files: written so that a power failure spoils none, read so that no code in them runs."""
 
 import argparse
 import contextlib
-import fcntl
 import os
-import shlex
 import shutil
-import socket
 import sys
 import threading
 import time
 import warnings
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from sogclr import InputError, Stopped
-from sogclr.distributed import barrier, log, rank, require_same
+from sogclr.distributed import rank
 
 LAST, PREVIOUS = "checkpoint_last.pth.tar", "checkpoint_previous.pth.tar"
 
@@ -29,101 +25,28 @@ _DATA = [argparse.Namespace, (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR
          np.dtype, *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool"))]
 
 
-def open_run(folder, resume, keys):
-    """Make a run's folder, lock it, note the command line in it, and read the checkpoint to continue from.
-
-    resume: `--resume`; "auto" is the folder's newest whole checkpoint, if there is one; keys: what it must hold.
-    Returns the checkpoint's path and content, ("", {}) for a fresh run. Raises InputError where the folder cannot be
-    written, where another run is writing there, where it holds a run that would be overwritten, and where this machine
-    sees other checkpoints than rank 0's.
-    """
-    kept = [path for path in (folder / LAST, folder / PREVIOUS) if os.path.exists(path)]
-    kept += sorted(folder.glob("checkpoint_[0-9]*.pth.tar"), reverse=True)
-    if kept and not resume:
-        raise InputError(f"{folder}: already holds a run with these settings, "
-                         "continue it with --resume auto or move the folder away")
-    barrier()       # no rank may look after rank 0 has begun to write
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "command.txt", "a") as file:
-            if rank() == 0:
-                command = shlex.join([Path(sys.executable).name, *sys.argv])
-                file.write(f"{command}  # {time.strftime('%Y-%m-%d %H:%M')}\n")
-    except OSError as error:
-        raise InputError(f"--save_dir {folder.parent}: cannot be written: {error.strerror}") from error
-    if rank() == 0 and folder not in _locks:
-        _lock(folder)
-    barrier()
-    path, saved = resume, {}
-    if resume == "auto":
-        path, saved = _newest_whole(kept, keys)
-        if kept and not saved:
-            raise InputError(f"--resume auto: no checkpoint in {folder} can be read, "
-                             "move the folder away to start anew")
-        others = sum(path.parent != folder for path in folder.parent.glob(f"*/{LAST}"))
-        if not kept:
-            log("=> --resume auto: no run with these settings yet, a new one begins"
-                + f" ({folder.parent} holds {others} with other settings)" * (others > 0))
-    elif resume:
-        saved = load(resume, "--resume", keys)
-    for name in ("epoch", "step"):
-        require_same(saved.get(name, 0), f"--resume: {name}; --save_dir must be one folder for all machines")
-    return path, saved
-
-
-def _newest_whole(paths, keys):
-    """The first of the paths, newest first, that holds a checkpoint, and its content; those before it are named."""
-    for path in paths:
-        try:
-            return str(path), load(path, "--resume auto", keys)
-        except InputError as error:
-            log(f"=> skipped {error}")
-    return "", {}
-
-
-_locks = {}     # {folder: file descriptor}; a lock lives as long as its file is open
-
-
-def _lock(folder):
-    """Refuse a folder that another live process writes to. The system takes the lock off a process that has died, and
-    does not hand it to forked workers.
-    """
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        holder = os.read(lock, 1000).decode().strip()
-        os.close(lock)
-        raise InputError(f"{folder}: another run is writing to it ({holder}), stop that one first") from error
-    except OSError:     # a file system without locks
-        pass
-    os.ftruncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    _locks[folder] = lock
-
-
 class Writer:
     """Writes the checkpoints of a run in the background, one at a time, and only on rank 0.
 
-    folder: of the run; minutes: between two saves inside an epoch, 0 for none.
+    folder: of the run, None to write nothing; minutes: between two saves inside an epoch, 0 for none.
     A save that fails (a full disk, say) is reported and leaves the earlier files as they were; training goes on.
     A context, at whose end it is closed.
     """
 
     def __init__(self, folder, minutes=0.0):
-        self.folder, self.seconds = folder, 60 * minutes
+        self.folder, self.seconds, self.active = folder, 60 * minutes, folder is not None and rank() == 0
         self.last_time = time.monotonic()
         self.thread = self.error = None
 
     def is_due(self):
-        """Whether the last save is `minutes` ago."""
-        return rank() == 0 and 0 < self.seconds <= time.monotonic() - self.last_time
+        """Whether the last save was `minutes` ago."""
+        return self.active and 0 < self.seconds <= time.monotonic() - self.last_time
 
     def save(self, state, *names):
         """Write a dict as `checkpoint_last.pth.tar`, and under further names. Returns as soon as it is copied to host
         memory and the write before it is done, so that training may change the tensors.
         """
-        if rank() == 0:
+        if self.active:
             self.wait()
             self.last_time = time.monotonic()
             self.thread = threading.Thread(target=self._write, args=(_host_copy(state), names))
@@ -165,8 +88,8 @@ class Writer:
 
 
 def save(state, folder, names=()):
-    """Write `checkpoint_last.pth.tar`, and the same under further names; whenever the power fails, the folder holds the
-    former one whole. That becomes `checkpoint_previous.pth.tar`.
+    """Write `checkpoint_last.pth.tar`, and the same under further names; whenever the power fails, the folder holds an
+    intact one. The former one becomes `checkpoint_previous.pth.tar`.
     """
     part, last = folder / (LAST + ".part"), folder / LAST
     part.unlink(missing_ok=True)        # of a save that was cut off, it may be one file with a checkpoint that is kept
@@ -237,7 +160,7 @@ def load(path, flag, keys=()):
                          "state_dict saved alone") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{flag} {path}: holds no checkpoint but a {type(checkpoint).__name__}")
-    require(checkpoint, path, flag, keys)
+    require(checkpoint, f"{flag} {path}", keys)
     return checkpoint
 
 
@@ -251,17 +174,17 @@ def _check_sums(path):
             raise zipfile.BadZipFile("check sum")
 
 
-def require(checkpoint, path, flag, keys):
-    """Raise InputError where a checkpoint lacks one of the keys."""
+def require(checkpoint, source, keys):
+    """Raise InputError where a checkpoint lacks one of the keys. source: the flag and file that it is from."""
     missing = [key for key in keys if key not in checkpoint]
     if missing:
-        raise InputError(f"{flag} {path}: lacks {', '.join(missing)}, it is not a checkpoint of this script")
+        raise InputError(f"{source}: lacks {', '.join(missing)}, it is not a checkpoint of this script")
 
 
 def require_same_images(made_with, now, source):
     """Raise InputError where a checkpoint's settings tell of other images than this run's, whose order decides it.
 
-    made_with, now: settings with `images`, the `loader.fingerprint`; files from before it are taken as they are.
+    made_with, now: settings with `images`, the `ImageSet.fingerprint`; files from before it are taken as they are.
     source: the flag and file that `made_with` is from.
     """
     if made_with.get("images", now["images"]) != now["images"]:
@@ -269,11 +192,25 @@ def require_same_images(made_with, now, source):
                          f"({now['images']}), give the same folder, or start a new run")
 
 
-def with_module(state_dict):
+def restore_parts(saved, source, **parts):
+    """Give each part the state under its name in a checkpoint; an empty one, of a scaler without use, is left out.
+
+    parts: objects with `load_state_dict`. Raises InputError where a state does not fit.
+    """
+    for name, part in parts.items():
+        try:
+            if saved.get(name):
+                part.load_state_dict(saved[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InputError(f"{source}: was made with another model, optimizer or protocol: "
+                             + " ".join(str(error).split())[:200]) from error
+
+
+def add_ddp_prefix(state_dict):
     """The names under which DistributedDataParallel saves, as the authors' files have them."""
     return {"module." + key: value for key, value in state_dict.items()}
 
 
-def without_module(state_dict):
-    """The inverse of `with_module`; names without the prefix stay as they are."""
+def remove_ddp_prefix(state_dict):
+    """The inverse of `add_ddp_prefix`; names without the prefix stay as they are."""
     return {key.removeprefix("module."): value for key, value in state_dict.items()}

@@ -15,7 +15,7 @@ class Classifiers(nn.ModuleList):
     `names`: of each; `scores`: for each a dict with `lr`, `weight_decay`, `acc1` and `acc5` of the last validation in
     percent (nan before it), `best_acc1` and its `best_epoch`.
 
-    Each has a matrix product and a loss of its own rather than a share of one large product, whose blocks would depend
+    Each has a matrix product and a loss of its own rather than a part of one large product, whose blocks would depend
     on R: so a classifier is, bit by bit, what it would be alone.
     """
 
@@ -49,8 +49,8 @@ class Classifiers(nn.ModuleList):
             score.update(acc1=acc1, acc5=acc5, best_acc1=best_acc1, best_epoch=best_epoch)
 
     def saved(self):
-        """What a checkpoint holds of them beside the chosen one's tensors in its `state_dict`: that one's accuracies
-        and, where there are several, the tensors and accuracies of all.
+        """What a checkpoint holds of them apart from the chosen one's tensors in its `state_dict`: that one's
+        accuracies and, where there are several, the tensors and accuracies of all.
         """
         whole = {key: self.best[key] for key in ("acc1", "acc5", "best_acc1", "best_epoch")}
         if len(self) > 1:
@@ -58,21 +58,20 @@ class Classifiers(nn.ModuleList):
                                     for score, classifier in zip(self.scores, self, strict=True)]
         return whole
 
-    def restore(self, saved, head, source):
-        """Take them out of a checkpoint.
-
-        saved: the checkpoint; head: `weight` and `bias` in its `state_dict`, for a file of a single classifier; source:
-        flag and file, for the message. Raises InputError where the file has other classifiers than these.
+    def restore(self, saved, source):
+        """Take them out of a checkpoint. Raises InputError, which begins with the `source`, the flag and file, where it
+        has other classifiers than these.
         """
+        head = {name: saved["state_dict"].get(f"module.fc.{name}", torch.empty(0, 0)) for name in ("weight", "bias")}
         rows = saved.get("classifiers", [{key: value for key, value in saved.items() if key in self.scores[0]} | head])
         if len(rows) != len(self):
             raise InputError(f"{source}: has {len(rows)} classifiers, but --lr and --wd ask for {len(self)}")
         for classifier, score, row in zip(self, self.scores, rows, strict=True):
-            weight = row.get("weight", torch.empty(0, 0))
-            if weight.shape != classifier.weight.shape:
-                raise InputError(f"{source}: has {weight.shape[0]} classes and {weight.shape[1]} features, but this "
-                                 f"data set and encoder have {classifier.out_features} and {classifier.in_features}")
-            classifier.load_state_dict({"weight": weight, "bias": row["bias"]})
+            K, C = row["weight"].shape
+            if classifier.weight.shape != (K, C):
+                raise InputError(f"{source}: has {K} classes and {C} features, but this data set and encoder have "
+                                 f"{classifier.out_features} and {classifier.in_features}")
+            classifier.load_state_dict({"weight": row["weight"], "bias": row["bias"]})
             score.update((key, row[key]) for key in score.keys() & row.keys())
 
     def table(self):

@@ -1,36 +1,11 @@
-"""Features of a data set's images: of all of them at once, or batch by batch."""
-
-import math
-import os
+"""Features of a data set's images: all of them at once, or batch by batch."""
 
 import torch
 import torch.nn as nn
 
 from sogclr import InputError
-from sogclr.distributed import gather, rank, ranks_here, world_size
-
-
-def extract(encode, loader, dtype, epoch=0):
-    """This rank's share of a data set: features [n, C] in `dtype` and labels [n] int64, in the loader's order, on its
-    device. `sogclr.distributed.gather` makes all ranks' of them, in which each image stands exactly once.
-
-    encode: uint8 [b, 3, H, W] -> float [b, C], the frozen encoder with its normalisation, without gradients;
-    loader: a `Loader` of `Labelled` batches; epoch: decides the order and the crops, where they are random.
-    Holds one copy of the features: 2 n C bytes in half precision, for ImageNet-1K and C = 2048 5.2 GB over all ranks.
-    Raises InputError as the loader does. n is less than the share by the images that `--bad-images skip` leaves out.
-    """
-    sampler = loader.sampler
-    batches = [min(sampler.batch_size, sampler.num_images - step * sampler.batch_size) for step in range(len(sampler))]
-    share = sum(batch // world_size() + (rank() < batch % world_size()) for batch in batches)
-    features, labels, n = None, torch.empty(share, dtype=torch.int64), 0
-    for images, target in loader.epoch(epoch):
-        if features is None or len(images):         # the first batch tells C, even to a rank that has no images
-            output = encode(images)
-            if features is None:
-                features = output.new_empty(share, output.shape[1], dtype=dtype)
-            features[n:n + len(images)], labels[n:n + len(images)] = output, target
-            n += len(images)
-    return features[:n], labels[:n].to(loader.device)
+from sogclr.distributed import gather, world_size
+from sogclr.loader import EpochSampler
 
 
 class Encoder(nn.Module):
@@ -49,14 +24,36 @@ class Encoder(nn.Module):
             return self.resnet(self.normalize(images)).float()
 
 
-class FreshFeatures:
-    """Batches (features float32 [b, C], labels [b]) of a loader's images, encoded when their turn has come.
+def extract(encode, loader, dtype, on_all_ranks=False):
+    """Features [n, C] in `dtype` and labels [n] int64 of a loader's images, each once, on its device: this rank's part
+    of them or, on all ranks, all of them in the loader's order.
 
-    encode: uint8 [b, 3, H, W] -> float32 [b, C], under inference_mode; loader: a `Loader` of `Labelled` batches.
+    encode: uint8 [b, 3, H, W] -> float [b, C], the frozen encoder with its normalization, without gradients;
+    loader: a `Loader` of `LabeledBatches`. Images that `--bad-images skip` leaves out are missing.
+    Holds one copy of the features: 2 n C bytes in half precision, for ImageNet-1K and C = 2048 5.2 GB.
+    """
+    batch_size, features, n = loader.sampler.batch_size, None, 0
+    rows = len(loader) * (batch_size if on_all_ranks else -(-batch_size // world_size()))      # at most
+    labels = torch.empty(rows, dtype=torch.int64, device=loader.device)
+    for images, target in loader.epoch(0):
+        output, target = encode(images).to(dtype), target.to(loader.device)
+        if on_all_ranks:
+            output, target = gather(output), gather(target)
+        if features is None:
+            features = output.new_empty(rows, output.shape[1])
+        features[n:n + len(output)], labels[n:n + len(output)] = output, target
+        n += len(output)
+    return features[:n], labels[:n]
+
+
+class FreshFeatures:
+    """Batches (features float32 [b, C], labels [b]) of a loader's images, encoded when it is their turn.
+
+    encode: uint8 [b, 3, H, W] -> float32 [b, C], under inference_mode; loader: a `Loader` of `LabeledBatches`.
     """
 
     def __init__(self, encode, loader):
-        self.encode, self.loader = encode, loader
+        self.encode, self.loader, self.num_images = encode, loader, loader.num_images
 
     def __len__(self):
         return len(self.loader)
@@ -67,32 +64,17 @@ class FreshFeatures:
 
 
 class CachedFeatures:
-    """Batches (features float32 [b, C], labels [b]) out of memory: each image is encoded once and for all.
+    """Batches (features float32 [b, C], labels [b]) of a loader's images, which are encoded only once.
 
-    encode: as for `FreshFeatures`; num_features: C; passes: [(loader, its epoch)], V passes over the same images in the
-    same order, on all ranks together; sampler: of the batches to be made. Epoch e is made of pass e mod V.
-
-    Every rank holds all of it on its device, in half precision: 2 V N C bytes, for ImageNet-1K and C = 2048 5.2 GB a
-    pass. Images that `--bad-images skip` leaves out are taken off the sampler too. Raises InputError where the memory
-    is not there, before anything is computed, and where a feature does not fit half precision.
+    encode, loader: as for `extract`; order: `EpochSampler`'s seed, shuffle, drop_last, for the batches.
+    Every rank holds all features on its device, in half precision. Raises InputError where one does not fit that.
     """
 
-    def __init__(self, encode, num_features, passes, sampler):
-        device, shape = passes[0][0].device, (len(passes), sampler.num_images, num_features)
-        require_memory(2 * math.prod(shape), device)
-        self.features = torch.empty(shape, dtype=torch.float16, device=device)
-        self.labels = torch.empty(sampler.num_images, dtype=torch.int64, device=device)
-        self.sampler = sampler
-        finite = torch.ones((), dtype=torch.bool, device=device)
-        for features, (loader, epoch) in zip(self.features, passes, strict=True):
-            n = 0
-            for images, labels in loader.epoch(epoch):
-                rows, labels = gather(encode(images).half()), gather(labels.to(device))
-                features[n:n + len(rows)], self.labels[n:n + len(rows)] = rows, labels
-                finite &= rows.isfinite().all()
-                n += len(rows)
-        sampler.num_images = n
-        if not finite:
+    def __init__(self, encode, loader, **order):
+        self.features, self.labels = extract(encode, loader, torch.float16, on_all_ranks=True)
+        self.num_images = len(self.labels)
+        self.sampler = EpochSampler(self.num_images, loader.sampler.batch_size, **order)
+        if not torch.stack(self.features.aminmax()).isfinite().all():
             raise InputError("--features cached: a feature is not finite or above 65504, the largest number of half "
                              "precision, leave the flag out")
 
@@ -101,20 +83,6 @@ class CachedFeatures:
 
     def epoch(self, epoch, first_step=0):
         self.sampler.epoch, self.sampler.first_step = epoch, first_step
-        for _, share, _ in self.sampler:
-            share = torch.tensor(share, dtype=torch.int64).to(self.labels.device, non_blocking=True)
-            yield self.features[epoch % len(self.features), share].float(), self.labels[share]
-
-
-def require_memory(wanted, device):
-    """Raise InputError where a device has fewer bytes free than every rank wants on it."""
-    free = math.inf
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif os.path.exists("/proc/meminfo"):
-        wanted *= ranks_here()
-        with open("/proc/meminfo") as file:
-            free = next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
-    if wanted > free:
-        raise InputError(f"--features cached: wants {wanted / 1e9:.1f} GB of memory on the {device.type}, which has "
-                         f"{free / 1e9:.1f} GB free; take a smaller --cached-epochs, or leave the flag out")
+        for _, indices, _ in self.sampler:
+            indices = torch.tensor(indices, dtype=torch.int64).to(self.labels.device, non_blocking=True)
+            yield self.features[indices].float(), self.labels[indices]

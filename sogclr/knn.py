@@ -1,8 +1,49 @@
-"""The weighted k-nearest-neighbour classifier of InstDisc (Wu et al., arXiv 1805.01978): it needs no training."""
+"""The weighted k-nearest-neighbor classifier of InstDisc (Wu et al., arXiv 1805.01978): it needs no training."""
+
+import copy
 
 import torch
+import torch.nn.functional as F
 
-from sogclr.distributed import all_reduce_sum, gather, log
+from sogclr.augment import Normalize
+from sogclr.distributed import all_reduce_sum, broadcast, gather, log
+from sogclr.features import Encoder, extract
+from sogclr.loader import LabeledBatches, Loader
+
+
+def evaluate_knn(encode, bank, queries, num_classes):
+    """{k: accuracy in percent} of an encoder, the same on every rank.
+
+    encode: uint8 [b, 3, H, W] -> float [b, C]; bank, queries: `Loader`s of the training and the validation images.
+    """
+    def unit(images):       # so that half precision holds them
+        return F.normalize(encode(images))
+
+    return knn_accuracy(*extract(unit, bank, torch.float16), *extract(unit, queries, torch.float16), num_classes)
+
+
+class KNNMonitor:
+    """For --knn-freq: from an encoder in training to {k: its kNN accuracy in percent}, the same on every rank.
+
+    train, val: `ImageSet`s with labels, whose center crops are bank and queries; args: the script's.
+    It evaluates a copy of the encoder, with the BatchNorm statistics that rank 0 would save, and leaves torch's
+    generator as it was, so that the run stays the same.
+    """
+
+    def __init__(self, train, val, args, device, dtype):
+        self.bank, self.queries = (Loader(LabeledBatches(data, bad_images=args.bad_images), args.batch_size,
+                                          args.workers, device) for data in (train, val))
+        self.normalize = Normalize(train.mean, train.std).to(device)
+        self.num_classes, self.dtype = len(train.images.classes), dtype
+
+    @torch.inference_mode()
+    def __call__(self, encoder):
+        frozen = copy.deepcopy(encoder).eval()
+        frozen.fc = torch.nn.Identity()
+        for buffer in frozen.buffers():
+            broadcast(buffer)
+        with torch.random.fork_rng(devices=[]):     # a loader takes its workers' seeds from there
+            return evaluate_knn(Encoder(frozen, self.normalize, self.dtype), self.bank, self.queries, self.num_classes)
 
 
 @torch.no_grad()
@@ -11,16 +52,16 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, num_classes, ks=(20, 
     exp(s / temperature). Returns {k: percent of the queries whose class wins}, the same on every rank.
 
     bank: [n, C] float, the training set's features, of any length; bank_labels: [n] int64 in 0 to num_classes - 1;
-    queries: [m, C] the validation set's; query_labels: [m]. All are this rank's shares, as `features.extract` gives
+    queries: [m, C] the validation set's; query_labels: [m]. All are this rank's part, as `features.extract` gives
     them, on one device. A k above the bank's size (over all ranks) takes the whole bank, and a line says so. Returns
     nan where a feature is not finite.
 
     Of rows with equal similarity those of lower classes are nearer; of classes with equal votes the lowest wins.
-    Neighbours are exact, and the same however ranks and chunks share the rows: unit rows are rounded to fixed point
+    Neighbors are exact, and the same however ranks and chunks share the rows: unit rows are rounded to fixed point
     with so many bits (21 for 1000 classes, where half precision has 11) that float64 holds every sum without rounding,
     and the class beside it, in one number that `topk` orders.
 
-    Each rank keeps its share of the bank and sees all queries, a chunk of them at a time with a chunk of its bank.
+    Each rank keeps its part of the bank and sees all queries, a chunk of them at a time with a chunk of its bank.
     Memory: the queries of all ranks, and about 8 chunk (2 chunk + 4 C) bytes: 0.5 GB for C = 2048.
     """
     features = (bank, queries)

@@ -1,4 +1,4 @@
-"""Progress lines, accuracy, and a watch over the loss."""
+"""Progress lines, accuracy, and a guard against losses that are not finite."""
 
 import math
 import sys
@@ -7,6 +7,7 @@ import time
 import torch
 
 from sogclr import InputError
+from sogclr.distributed import world_size
 
 
 class AverageMeter:
@@ -34,26 +35,31 @@ class AverageMeter:
 
 
 class Progress:
-    """The lines of one epoch, with images/s and the time that is left: in MoCo's manner in a file or a pipe; with a bar
-    on a terminal, where `live` says that each line takes the place of the one before.
+    """Iterates over an epoch's batches, as (step, batch), and makes its lines, with images/s and the time that is left:
+    in MoCo's manner in a file or a pipe; with a bar on a terminal, where `live` says that each line takes the place of
+    the one before.
 
-    steps: in this epoch; images: in a global batch; steps_left: in the whole run, from this epoch's first step on.
+    batches: with `epoch(epoch, first_step)`; epoch, first_step: where to begin; epochs: of the run; batch_size: global.
     Speed and time left do not count an epoch's first step, in which workers start and kernels are chosen.
     """
 
-    def __init__(self, epoch, steps, images, steps_left):
-        self.epoch, self.steps, self.images, self.steps_left = epoch, steps, images, steps_left
+    def __init__(self, batches, epoch, first_step, epochs, batch_size):
+        self.batches, self.epoch, self.first_step, self.batch_size = batches, epoch, first_step, batch_size
+        self.steps = len(batches)
+        self.steps_left = (epochs - epoch) * self.steps - first_step        # in the whole run
         self.step_time, self.data_time = AverageMeter("Time"), AverageMeter("Data")
         self.done = 0
         self.start = self.first = self.now = time.perf_counter()
         self.live = sys.stdout.isatty()
 
-    def loaded(self):
-        """The batch has arrived."""
-        self.data_time.update(time.perf_counter() - self.now)
+    def __iter__(self):
+        for step, batch in enumerate(self.batches.epoch(self.epoch, self.first_step), self.first_step):
+            self.data_time.update(time.perf_counter() - self.now)
+            self.step = step
+            yield step, batch
 
-    def stepped(self):
-        """The step is done."""
+    def step_done(self):
+        """To be called after each step."""
         now = time.perf_counter()
         self.step_time.update(now - self.now)
         self.now = now
@@ -69,26 +75,26 @@ class Progress:
 
     @property
     def images_per_second(self):
-        return self.images / self.seconds_per_step
+        return self.batch_size / self.seconds_per_step
 
     @property
     def waiting(self):
-        """The share of the time in which there was nothing to train on."""
+        """The fraction of the time in which there was nothing to train on."""
         return f"data wait {self.data_time.sum / max(self.step_time.sum, 1e-9):.0%}"
 
-    def line(self, step, meters):
+    def line(self, *meters):
         """`Epoch: [3][  10/5004]  Time 0.121 (0.125)  ...  812 images/s  ETA 3:12:44`, times in seconds."""
-        place, speed = f"{step:{len(str(self.steps))}d}/{self.steps}", f"{self.images_per_second:.0f} images/s"
+        place, speed = f"{self.step:{len(str(self.steps))}d}/{self.steps}", f"{self.images_per_second:.0f} images/s"
         run = clock((self.steps_left - self.done) * self.seconds_per_step)
         if not self.live:
             return "  ".join([f"Epoch: [{self.epoch}][{place}]", str(self.step_time), str(self.data_time),
                               *map(str, meters), speed, f"ETA {run}"])
-        bar = "#" * (10 * (step + 1) // self.steps)
+        bar = "#" * (10 * (self.step + 1) // self.steps)
         latest = (meter.latest if isinstance(meter, AverageMeter) else meter for meter in meters)
         return "  ".join([f"Epoch {self.epoch} [{bar:-<10}] {place}", speed, self.waiting, *latest,
-                          f"ETA {clock((self.steps - step - 1) * self.seconds_per_step)}, run {run}"])
+                          f"ETA {clock((self.steps - self.step - 1) * self.seconds_per_step)}, run {run}"])
 
-    def summary(self, meters):
+    def summary(self, *meters):
         """One line at the epoch's end, with the meters' averages and when the run will end."""
         left = self.steps_left - self.done
         end = time.strftime("%d %b %H:%M", time.localtime(time.time() + left * self.seconds_per_step))
@@ -97,49 +103,48 @@ class Progress:
                 f"{self.images_per_second:.0f} images/s, {self.waiting}" + f", the run ends about {end}" * (left > 0))
 
 
-class LossWatch:
+class NanGuard:
     """Ends a run whose loss has become infinite or not a number, before anything of it is saved.
 
     On a CPU it does so before that loss's gradient is taken. A GPU is not waited for: the host learns it some steps
     later, when the weights in memory are spoiled, but those on disk are not.
-    cure: what to try, for the message.
+    hint: what to try, for the message.
     """
 
-    def __init__(self, device, cure):
-        self.device, self.cure = device, cure
+    def __init__(self, device, hint):
+        self.hint = hint
         self.total = torch.zeros((), device=device)     # of all losses: once not finite, never finite again
-        self.on_its_way = None
+        self.pending = None                             # keys and place of the total that is being copied to the host
         if device.type == "cuda":
             self.host, self.arrived = torch.zeros((), pin_memory=True), torch.cuda.Event()
 
-    def add(self, loss, keys, ranks, place):
+    def check(self, loss, keys, place):
         """loss: 0-d, the global batch's; keys: [2B, D] its projections; place: epoch and step, in words.
 
         Raises InputError, which names the ranks whose projections are not finite.
         """
         self.total = self.total + loss.detach()
-        if self.device.type == "cpu":
-            self.check(float(self.total), keys, ranks, place)
-        elif self.on_its_way is None or self.arrived.query():
-            if self.on_its_way:
-                self.check(float(self.host), *self.on_its_way)
+        if not self.total.is_cuda:
+            self._raise_unless_finite(float(self.total), keys, place)
+        elif self.pending is None or self.arrived.query():
+            if self.pending:
+                self._raise_unless_finite(float(self.host), *self.pending)
             self.host.copy_(self.total, non_blocking=True)
             self.arrived.record()
-            self.on_its_way = keys, ranks, place
+            self.pending = keys, place
 
-    def check(self, total, keys, ranks, place):
-        if math.isfinite(total):
-            return
-        images = (~keys.isfinite().all(1)).view(2, ranks, -1).any(2).any(0)         # [ranks]
-        spoiled = ", ".join(str(rank) for rank in images.nonzero().flatten().tolist()) or "none"
-        raise InputError(f"the loss is {total} in {place} (ranks with projections that are not finite: {spoiled}); "
-                         f"{self.cure}; the checkpoints are from before")
+    def _raise_unless_finite(self, total, keys, place):
+        if not math.isfinite(total):
+            spoiled = (~keys.isfinite().all(1)).view(2, world_size(), -1).any(2).any(0)        # [ranks]
+            ranks = ", ".join(map(str, spoiled.nonzero().flatten().tolist())) or "none"
+            raise InputError(f"the loss is {total} in {place} (ranks with projections that are not finite: {ranks}); "
+                             f"{self.hint}; the checkpoints are from before")
 
     def check_weights(self, model, place):
         """Wait for the device, and raise InputError if a loss or a weight is not finite. Before each save."""
         total = self.total + torch.stack([parameter.detach().sum() for parameter in model.parameters()]).sum()
         if not math.isfinite(total):
-            raise InputError(f"the loss or a weight is not finite in {place}; {self.cure}; "
+            raise InputError(f"the loss or a weight is not finite in {place}; {self.hint}; "
                              "the checkpoints are from before")
 
 

@@ -13,7 +13,7 @@ class LARS(torch.optim.Optimizer):
     Then mu = momentum * mu + d and p -= lr * mu.
 
     params: iterable of parameters or of groups; state: `mu`, a tensor like its parameter.
-    Parameters are updated together by torch's `_foreach` operations, and nothing waits for the device.
+    All parameters of a group are updated together, by torch's `_foreach` operations; nothing waits for the device.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, trust_coefficient=0.001):
@@ -28,67 +28,23 @@ class LARS(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for matrices in _in_portions([p for p in params if p.ndim > 1]):
-                updates = torch._foreach_add(_grads(matrices), matrices, alpha=group["weight_decay"])
-                ratio = _trust_ratio(matrices, updates, group["trust_coefficient"])
-                mus = self._decayed_mus(matrices, group["momentum"])
-                torch._foreach_addcmul_(mus, updates, _like(matrices, ratio))
-                torch._foreach_add_(matrices, mus, alpha=-group["lr"])
-            for vectors in _in_portions([p for p in params if p.ndim <= 1]):
-                mus = self._decayed_mus(vectors, group["momentum"])
-                torch._foreach_add_(mus, _grads(vectors))
-                torch._foreach_add_(vectors, mus, alpha=-group["lr"])
+            matrices, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
+            d = []
+            if matrices:
+                d = torch._foreach_add([p.grad for p in matrices], matrices, alpha=group["weight_decay"])
+                p_norm, d_norm = (torch.stack(torch._foreach_norm(tensors)) for tensors in (matrices, d))
+                ratio = torch.where((p_norm > 0) & (d_norm > 0), group["trust_coefficient"] * p_norm / d_norm, 1.0)
+                torch._foreach_mul_(d, ratio.unbind())
+            if params:
+                params = matrices + vectors
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["mu"] = torch.zeros_like(p)
+                mu = [self.state[p]["mu"] for p in params]
+                torch._foreach_mul_(mu, group["momentum"])
+                torch._foreach_add_(mu, [*d, *(p.grad for p in vectors)])
+                torch._foreach_add_(params, mu, alpha=-group["lr"])
         return loss
-
-    def _decayed_mus(self, params, momentum):
-        """momentum * mu of each parameter, in place; zeros before the first step."""
-        for p in params:
-            if "mu" not in self.state[p]:
-                self.state[p]["mu"] = torch.zeros_like(p)
-        mus = [self.state[p]["mu"] for p in params]
-        torch._foreach_mul_(mus, momentum)
-        return mus
-
-
-def _in_portions(params, cpu_elements=2**20):
-    """On a GPU all parameters at once, so that few kernels are launched; on a CPU what fits its cache, at least one."""
-    portion, elements = [], 0
-    for p in params:
-        portion.append(p)
-        elements += p.numel()
-        if elements >= cpu_elements and not p.is_cuda:
-            yield portion
-            portion, elements = [], 0
-    if portion:
-        yield portion
-
-
-def _grads(params):
-    return [p.grad for p in params]
-
-
-def _trust_ratio(params, updates, trust_coefficient):
-    """[P] trust * |p| / |d|, or 1 where either norm is 0."""
-    param_norm = torch.stack(torch._foreach_norm(params))
-    update_norm = torch.stack(torch._foreach_norm(updates))
-    return torch.where((param_norm > 0) & (update_norm > 0), trust_coefficient * param_norm / update_norm, 1.0)
-
-
-def _like(params, values):
-    """values [P] -> a list of tensors that multiply the parameters.
-
-    On a GPU a `_foreach` operation takes a kernel for each 0-d tensor but one for many tensors of equal shapes, and so
-    does `cat`: there each value is spread over its parameter's shape.
-    """
-    if not values.is_cuda:
-        return list(values.unbind())
-    return _spread(params, values)
-
-
-def _spread(params, values):
-    sizes = [p.numel() for p in params]
-    flat = torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])
-    return [part.as_strided(p.shape, p.stride()) for part, p in zip(flat.split(sizes), params, strict=True)]
 
 
 def scaled_lr(lr, batch_size, scaling):

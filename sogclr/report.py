@@ -31,7 +31,7 @@ class Events:
     def __init__(self, folder, purge_step=None):
         self.folder, self.writer = folder, None
         if rank() == 0 and folder is not None:
-            with self.may_end():
+            with self._may_fail():
                 self.writer = SummaryWriter(folder, purge_step=purge_step)
 
     def __bool__(self):
@@ -41,43 +41,18 @@ class Events:
         return self
 
     def __exit__(self, *_):
-        if self:
-            with self.may_end():
-                self.writer.close()
+        self.write("close")
 
-    def flush(self):
-        """Write what is still in memory, at most two minutes' events."""
+    def write(self, method, *args, **kwargs):
+        """What SummaryWriter's method of that name does, such as `add_image` or `flush`."""
         if self:
-            with self.may_end():
-                self.writer.flush()
-
-    @contextlib.contextmanager
-    def may_end(self):
-        try:
-            yield
-        except OSError as error:    # perhaps of an earlier call: a thread writes the events
-            print(f"=> NOT written any more: the TensorBoard log in {self.folder}: {error.strerror}", file=sys.stderr,
-                  flush=True)
-            self.writer = None
+            with self._may_fail():
+                getattr(self.writer, method)(*args, **kwargs)
 
     def scalars(self, values, step):
         """values: {name: number or 0-d tensor}"""
-        if self:
-            with self.may_end():
-                for name, value in values.items():
-                    self.writer.add_scalar(name, float(value), step)
-
-    def image(self, name, picture, step):
-        """picture: [3, H, W] in 0..1"""
-        if self:
-            with self.may_end():
-                self.writer.add_image(name, picture, step)
-
-    def histogram(self, name, values, step):
-        """values: of any shape"""
-        if self:
-            with self.may_end():
-                self.writer.add_histogram(name, values, step)
+        for name, value in values.items():
+            self.write("add_scalar", name, float(value), step)
 
     def hparams(self, settings, score):
         """A row of TensorBoard's table of settings, for this run.
@@ -85,20 +60,35 @@ class Events:
         settings: {name: value}; score: of one classifier, as in `Classifiers.scores`.
         """
         settings = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
-        metrics = {f"hparam/{name}": score[name] for name in ("acc1", "acc5", "best_acc1")}
-        if self:
-            with self.may_end():
-                self.writer.add_hparams(settings | {name: score[name] for name in ("lr", "weight_decay")}, metrics,
-                                        run_name=".")
+        self.write("add_hparams", settings | {name: score[name] for name in ("lr", "weight_decay")},
+                   {f"hparam/{name}": score[name] for name in ("acc1", "acc5", "best_acc1")}, run_name=".")
+
+    @contextlib.contextmanager
+    def _may_fail(self):
+        try:
+            yield
+        except OSError as error:    # perhaps of an earlier call: a thread writes the events
+            print(f"=> TensorBoard logging disabled: {self.folder}: {error.strerror}", file=sys.stderr, flush=True)
+            self.writer = None
 
 
-def surroundings(device):
-    """What decides numbers beside the settings: versions, the code's commit, the device, on a CPU the threads."""
+def device_name(device):
+    """`CPU`, or the GPU's name."""
+    return "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def device_names(device):
+    """What the run computes on, for people: `4 x NVIDIA H200`."""
+    return f"{world_size()} x {device_name(device)}" + ", this will be slow" * (device.type == "cpu")
+
+
+def environment_info(device):
+    """What decides numbers apart from the settings: versions, the code's commit, the device, on a CPU the threads."""
     commit, clean = git_state(Path(__file__).resolve().parents[1])
-    kind = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return {"versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": torchvision.__version__, "numpy": np.__version__},
-            "commit": commit, "clean": clean, "device": kind, "threads": torch.get_num_threads(), "ranks": world_size()}
+            "commit": commit, "clean": clean, "device": device_name(device), "threads": torch.get_num_threads(),
+            "ranks": world_size()}
 
 
 def git_state(folder):
@@ -149,8 +139,8 @@ def add_embedding(folder, encode, loader, classes, step):
     features, labels, thumbnails = (gather(torch.cat(part)).cpu() for part in zip(*parts, strict=True))
     if rank() == 0 and not (folder / f"{step:05d}").exists():
         names = [os.fsencode(classes[label]).decode("utf-8", "backslashreplace") for label in labels]
-        with Events(folder) as events, events.may_end():
-            events.writer.add_embedding(features, metadata=names, label_img=thumbnails, global_step=step)
+        with Events(folder) as events:
+            events.write("add_embedding", features, metadata=names, label_img=thumbnails, global_step=step)
 
 
 def _thumbnails(images):

@@ -69,33 +69,33 @@ def test_blur_is_a_true_gaussian(images):
 def test_batch_equals_one_by_one():
     """An image's result must not depend on its neighbours in the batch."""
     crops = torch.randint(0, 256, (B, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    draws = uniform(B, Augment.num_draws)
+    uniforms = uniform(B, Augment.num_uniforms)
     stage = Augment((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), blur=True)
-    together = stage((crops, draws))
-    alone = torch.cat([stage((crops[i:i + 1], draws[i:i + 1])) for i in range(B)])
+    together = stage((crops, uniforms))
+    alone = torch.cat([stage((crops[i:i + 1], uniforms[i:i + 1])) for i in range(B)])
     assert (together - alone).abs().max() < 1e-5
 
 
 def test_autocast_does_not_touch_the_pixels():
     """The arithmetic must be float32 also where the caller is inside autocast, and `dtype` that of the result."""
     crops = torch.randint(0, 256, (B, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    draws = uniform(B, Augment.num_draws)
+    uniforms = uniform(B, Augment.num_uniforms)
     mean_std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    outside = Augment(*mean_std, blur=True)((crops, draws))
+    outside = Augment(*mean_std, blur=True)((crops, uniforms))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(Augment(*mean_std, blur=True)((crops, draws)), outside)
-        half = Augment(*mean_std, True, torch.bfloat16, torch.channels_last)((crops, draws))
+        assert torch.equal(Augment(*mean_std, blur=True)((crops, uniforms)), outside)
+        half = Augment(*mean_std, True, torch.bfloat16, torch.channels_last)((crops, uniforms))
     assert torch.equal(half, outside.bfloat16())
     assert half.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_normalisation_is_that_of_the_data_set():
-    """With draws that change nothing the result must be (x / 255 - mean) / std."""
+    """With uniforms that change nothing the result must be (x / 255 - mean) / std."""
     crops = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    draws = torch.full((4, Augment.num_draws), 0.999)       # neither jitter nor grey
+    uniforms = torch.full((4, Augment.num_uniforms), 0.999)       # neither jitter nor grey
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     expected = TF.normalize(crops.float() / 255, mean, std)
-    assert (Augment(mean, std, blur=False)((crops, draws)) - expected).abs().max() < 1e-5
+    assert (Augment(mean, std, blur=False)((crops, uniforms)) - expected).abs().max() < 1e-5
 
 
 def uniformity(values, low, high):
@@ -132,7 +132,7 @@ def test_grey_and_blur_have_the_recipes_distribution(monkeypatch):
     n, seen = 5000, []
     monkeypatch.setattr(augment, "gaussian_blur", lambda images, sigma: seen.append(sigma) or images)
     crops = torch.randint(0, 256, (1, 3, 1, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    out = Augment((0.0,) * 3, (1.0,) * 3, blur=True)((crops.expand(n, -1, -1, -1), uniform(n, Augment.num_draws)))
+    out = Augment((0.0,) * 3, (1.0,) * 3, blur=True)((crops.expand(n, -1, -1, -1), uniform(n, Augment.num_uniforms)))
     grey = (out - out[:, :1]).abs().amax(dim=(1, 2, 3)) < 1e-6
     assert abs(grey.float().mean() - 0.2) < 5 * (0.2 * 0.8 / n) ** 0.5
     assert uniformity(seen[0], 0.1, 2.0) < 1

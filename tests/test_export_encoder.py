@@ -21,7 +21,8 @@ def export(tmp_path, monkeypatch):
         for name, buffer in model.named_buffers():
             if "running" in name:
                 buffer.uniform_(0.5, 2)
-        torch.save({"arch": arch, "state_dict": checkpoint.with_module(model.state_dict())}, tmp_path / "saved.pth.tar")
+        saved = {"arch": arch, "state_dict": checkpoint.add_ddp_prefix(model.state_dict())}
+        torch.save(saved, tmp_path / "saved.pth.tar")
         main(tmp_path / "saved.pth.tar", tmp_path / "out", *flags)
         encoder = model.base_encoder.eval()
         encoder.fc = torch.nn.Identity()

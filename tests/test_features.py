@@ -12,7 +12,7 @@ from sogclr import InputError
 from sogclr.distributed import gather
 from sogclr.features import extract
 from sogclr.knn import knn_accuracy
-from sogclr.loader import EpochSampler, Labelled, Loader
+from sogclr.loader import LabeledBatches, Loader
 
 N, SIZE = 13, 8
 UNREADABLE = 5
@@ -36,11 +36,11 @@ def collect(case):
     """All ranks' features and labels, and this rank's own number of images."""
     batch_size, drop_last, dtype = case
     images = types.SimpleNamespace(images=Numbered(), image_size=SIZE)
-    sampler = EpochSampler(N, batch_size, shuffle=True, drop_last=drop_last)
-    loader = Loader(Labelled(images, bad_images="skip"), sampler, 0, torch.device("cpu"))
+    loader = Loader(LabeledBatches(images, bad_images="skip"), batch_size, 0, torch.device("cpu"), shuffle=True,
+                    drop_last=drop_last)
     loader.MOST_BAD = 1.0
     encode = torch.inference_mode()(lambda images: images.float().mean((2, 3)))
-    features, labels = extract(encode, loader, dtype, epoch=3)
+    features, labels = extract(encode, loader, dtype)
     assert (features.dtype, labels.dtype, len(labels)) == (dtype, torch.int64, len(features))
     assert not features.is_inference()      # a classifier can be trained on them
     return gather(features), gather(labels), len(features)

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 import torchvision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_scripts import TINY, call, load, newest, no_gpu, run  # noqa: F401 (a fixture)
+from torchvision.transforms.functional import to_pil_image as to_pil
 
 import lincls
-from sogclr import InputError
 from sogclr.augment import Normalize
 from sogclr.builder import resnet
-from sogclr.features import require_memory
-from sogclr.loader import EpochSampler, Labelled, Loader, open_data_set
+from sogclr.datasets import open_data_set
+from sogclr.loader import LabeledBatches, Loader, center_view
 
 HEAD = ("module.fc.weight", "module.fc.bias")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -74,28 +74,30 @@ def test_the_authors_read_the_checkpoint_of_one(linear):
     assert len(saved["optimizer"]["param_groups"]) == 1
 
 
-def test_cached_features_are_those_of_the_epochs(linear):
-    """With as many cached epochs as epochs, the quick protocol is the classic one up to half precision; with fewer it
-    is another, and it says so.
+def test_cached_features_are_those_of_center_crops(linear, monkeypatch):
+    """Up to half precision the quick protocol must be the classic one on center crops, and say that it is not that on
+    random ones.
     """
-    classic, (folder, lines) = load(linear()[0]), linear("--features", "cached", "--cached-epochs", 3)
-    cached = load(folder)
-    assert all(torch.allclose(classic["state_dict"][name], cached["state_dict"][name], atol=2e-3) for name in HEAD)
-    centre = load(linear("--features", "cached")[0])
-    assert not torch.allclose(classic["state_dict"][HEAD[0]], centre["state_dict"][HEAD[0]], atol=2e-3)
+    folder, lines = linear("--features", "cached")
     assert sum("the quick protocol, not the classic one" in line for line in lines) == 1
+    cached, classic = load(folder)["state_dict"], load(linear()[0])["state_dict"]
+    assert not torch.allclose(classic[HEAD[0]], cached[HEAD[0]], atol=2e-3)
+    monkeypatch.setattr("sogclr.loader.random_crop", lambda image, rng, size, scale: center_view(to_pil(image), size))
+    centered = load(linear("--features", "augmented")[0])["state_dict"]
+    assert all(torch.allclose(centered[name], cached[name], atol=2e-3) for name in HEAD)
 
 
-def test_memory_that_is_not_there_is_refused():
-    """Before anything is computed, with both numbers."""
-    with pytest.raises(InputError, match=r"--features cached: wants 1000000.0 GB .* free; take a smaller"):
-        require_memory(1e15, torch.device("cpu"))
-    require_memory(1e3, torch.device("cpu"))
+def test_features_that_do_not_fit_half_precision_are_refused(imagenet, tmp_path, capsys, monkeypatch):
+    """Before a classifier is trained on them."""
+    monkeypatch.setattr(lincls.Encoder, "forward", lambda self, images: torch.full((len(images), 512), 1e6))
+    with pytest.raises(SystemExit, match="2"):
+        call(lincls, "--data", imagenet, *TINY, "--workers", 0, "--save_dir", tmp_path, "--features", "cached")
+    assert "--features cached: a feature is not finite or above 65504" in capsys.readouterr().err
 
 
 def test_two_ranks_train_on_the_same_cached_batches(linear, imagenet, tmp_path):
     """Unequal shares, and a last batch of one image, must give the classifiers of one process, and its accuracies."""
-    flags = ["--features", "cached", "--cached-epochs", 1, "--lr", 0.1, 0.5, "--batch-size", 7, "--train-percent", 62.5]
+    flags = ["--features", "cached", "--lr", 0.1, 0.5, "--batch-size", 7, "--train-percent", 62.5]
     one = linear(*flags)[0]
     run("lincls.py", "--data", imagenet, *TINY, "--epochs", 3, "--seed", 1, "--save_dir", tmp_path / "two", *flags,
         launcher=TORCHRUN)
@@ -113,7 +115,7 @@ def test_finetuning_is_sgd_on_all_layers(linear, imagenet):
     saved = load(linear("--finetune", "--epochs", 1, "--batch-size", 24, "--lr", 0.3, "--wd", 0.01)[0])["state_dict"]
 
     data = open_data_set("imagenet1000", imagenet, "train", image_size=32)
-    loader = Loader(Labelled(data, seed=1, augment=True), EpochSampler(24, 24, 1, shuffle=True), 0, torch.device("cpu"))
+    loader = Loader(LabeledBatches(data, seed=1, augment=True), 24, 0, torch.device("cpu"), seed=1, shuffle=True)
     images, labels = next(iter(loader.epoch(0)))
     torch.manual_seed(1)
     model = resnet("resnet18")
@@ -213,7 +215,9 @@ def test_spoiled_weights_are_not_saved(flags, imagenet, tmp_path, capsys):
     common = ["--data", imagenet, *TINY, "--epochs", 2, "--save-minutes", 1e-9, "--save_dir", tmp_path]
     with pytest.raises(SystemExit, match="2"):
         call(lincls, *common, "--lr", 1e40, *flags)
-    assert "a weight is not finite in epoch 0: take a smaller learning rate than --lr 1e+40" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "a weight is not finite in epoch 0, step " in error
+    assert ": take a smaller learning rate than --lr 1e+40" in error
     for file in tmp_path.rglob("*.tar"):
         saved = torch.load(file, weights_only=True)["state_dict"]
         assert all(tensor.isfinite().all() for tensor in saved.values())

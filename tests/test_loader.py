@@ -1,6 +1,5 @@
 """What is seen, in which order, and on what it depends."""
 
-import contextlib
 import math
 import os
 import shutil
@@ -17,19 +16,25 @@ from PIL import Image
 
 from sogclr import InputError, loader
 from sogclr.augment import Augment, pil_recipe
+from sogclr.datasets import open_data_set
 from sogclr.files import ImageFiles
-from sogclr.loader import EpochSampler, Labelled, Loader, TwoViews, center_view, crop_box, open_data_set, random_crop
+from sogclr.loader import EpochSampler, LabeledBatches, Loader, TwoViewBatches, center_view, crop_box, random_crop
 
 CPU = torch.device("cpu")
 
 
-def epoch_of(data, seed, epoch, workers=0, batch_size=6):
-    sampler = EpochSampler(len(data.images), batch_size, seed, shuffle=True, drop_last=True)
-    return list(Loader(TwoViews(data, seed, 0.08, 11), sampler, workers, CPU).epoch(epoch))
+def make_loader(data, seed, batch_size=6, workers=0, bad_images="stop"):
+    """The loader of train.py."""
+    return Loader(TwoViewBatches(data, seed, 0.08, 11, bad_images), batch_size, workers, CPU, seed=seed, shuffle=True,
+                  drop_last=True)
+
+
+def epoch_of(data, seed, epoch, workers=0):
+    return list(make_loader(data, seed, workers=workers).epoch(epoch))
 
 
 def by_image(batches):
-    """{image: (crop a, draws a, crop b, draws b)}"""
+    """{image: (crop a, uniforms a, crop b, uniforms b)}"""
     return {int(i): (view1[0][k], view1[1][k], view2[0][k], view2[1][k])
             for view1, view2, index in batches for k, i in enumerate(index)}
 
@@ -74,8 +79,7 @@ def test_workers_outlive_the_signals_that_stop_a_run(data):
     """They are sent to all processes, but the step in hand, and its save, still want the workers. Only their own rank
     may end them, and must be able to.
     """
-    sampler = EpochSampler(len(data.images), 2, 1, shuffle=True, drop_last=True)
-    batches = Loader(TwoViews(data, 1, 0.08, 11), sampler, 1, CPU)
+    batches = make_loader(data, 1, batch_size=2, workers=1)
     seen = []
     for *_, index in batches.epoch(0):
         worker, = batches.loader._iterator._workers
@@ -90,11 +94,11 @@ def test_workers_outlive_the_signals_that_stop_a_run(data):
 
 def test_no_draw_is_shared(data):
     """Two images, two views, two epochs, two seeds: no random number may appear twice."""
-    draws = [torch.cat([d for values in by_image(epoch_of(data, seed, epoch)).values() for d in values[1::2]])
+    uniforms = [torch.cat([d for values in by_image(epoch_of(data, seed, epoch)).values() for d in values[1::2]])
              for seed in (0, 1) for epoch in (0, 1)]
-    draws = torch.cat(draws)
-    assert len(draws) == 2 * 2 * 24 * 2 * 11
-    assert len(draws.unique()) > len(draws) - 5     # float32 has 2^24 values in [0, 1): a few meet by chance
+    uniforms = torch.cat(uniforms)
+    assert len(uniforms) == 2 * 2 * 24 * 2 * 11
+    assert len(uniforms.unique()) > len(uniforms) - 5     # float32 has 2^24 values in [0, 1): a few meet by chance
 
 
 @pytest.mark.parametrize(("images", "batch", "world"), [(103, 10, 1), (103, 10, 5), (40, 8, 4)])
@@ -178,8 +182,7 @@ def test_validation_view_is_torchvisions():
 def test_labels_are_the_class_folders(imagenet):
     """Training and validation labels must follow the sorted folder names."""
     data = open_data_set("imagenet1000", imagenet, "val", image_size=24)
-    sampler = EpochSampler(len(data.images), 4)
-    labels = torch.cat([labels for _, labels in Loader(Labelled(data), sampler, 0, CPU).epoch(0)])
+    labels = torch.cat([labels for _, labels in Loader(LabeledBatches(data), 4, 0, CPU).epoch(0)])
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
@@ -221,8 +224,7 @@ def test_epoch_restarts_at_any_step(data, monkeypatch):
     read = []
     original = ImageFiles.__getitem__
     monkeypatch.setattr(ImageFiles, "__getitem__", lambda self, i: read.append(i) or original(self, i))
-    sampler = EpochSampler(24, 6, 1, shuffle=True, drop_last=True)
-    rest = list(Loader(TwoViews(data, 1, 0.08, 11), sampler, 0, CPU).epoch(0, first_step=3))
+    rest = list(make_loader(data, 1).epoch(0, first_step=3))
     assert len(rest) == 1
     assert torch.equal(rest[0][2], whole[3][2])
     assert torch.equal(rest[0][0][0], whole[3][0][0])
@@ -319,8 +321,7 @@ def mostly_good(imagenet, tmp_path):
 
 
 def read_epoch(data, workers, bad_images, epoch=0):
-    sampler = EpochSampler(len(data.images), 30, 0, shuffle=True, drop_last=True)
-    return list(Loader(TwoViews(data, 0, 0.08, 11, bad_images), sampler, workers, CPU).epoch(epoch))
+    return list(make_loader(data, 0, 30, workers, bad_images).epoch(epoch))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -342,88 +343,23 @@ def test_unreadable_image_is_replaced_under_the_others_own_index(mostly_good, wo
         assert len(index.unique()) == 30
         assert not {7, 8} & set(index.tolist())
     views = by_image(batches)
-    alone = TwoViews(mostly_good, 0, 0.08, 11).make(0, [12], []).content
+    alone = TwoViewBatches(mostly_good, 0, 0.08, 11).make(0, [12], []).content
     assert torch.equal(views[12][0], alone[0][0][0])
     error = capfd.readouterr().err
     assert error.count("007.jpg: not a readable image") == error.count("008.jpg: not a readable image") == 1
 
 
-def test_pinned_batches_may_come_as_lists(data):
+def test_pinned_batches_may_come_as_lists(data, monkeypatch):
     """Pinning turns tuples into lists in some releases of torch; the batch must come out the same."""
-    loader = Loader(TwoViews(data, 0, 0.08, 11), EpochSampler(24, 6), 0, CPU)
-    crops, draws, index = torch.zeros(1), torch.ones(1), torch.arange(1)
-    for content in ((((crops, draws)), (crops, draws), index), [[crops, draws], [crops, draws], index]):
-        view1, view2, last = loader.upload(content)
-        assert view1[0] is view2[0] is crops
-        assert last is index
+    def pinned(batch):
+        return batch._replace(content=[list(part) if isinstance(part, tuple) else part for part in batch.content])
 
-
-def test_views_are_prepared_once_and_in_order(data):
-    """`prepare` must be applied to each view just before its batch is yielded, and change nothing else."""
-    prepared = []
-
-    def prepare(view):
-        prepared.append(view)
-        return view[0].float() + view[1].mean()
-
-    sampler = EpochSampler(24, 6, 1, shuffle=True, drop_last=True)
-    batches = Loader(TwoViews(data, 1, 0.08, 11), sampler, 0, CPU, prepare).epoch(0, first_step=1)
-    expected = epoch_of(data, 1, 0)[1:]
-    for step, (batch, (*views, index)) in enumerate(zip(batches, expected, strict=True)):
-        assert len(prepared) == 2 * (step + 1)
-        for ours, view, seen in zip(batch[:2], views, prepared[-2:], strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(view, seen, strict=True))
-            assert torch.equal(ours, view[0].float() + view[1].mean())
-        assert torch.equal(batch[2], index)
-
-
-class FakeStream:
-    """Writes down what a CUDA stream is told."""
-
-    def __init__(self, log, name):
-        self.log, self.name, self.events = log, name, 0
-
-    def wait_stream(self, other):
-        self.log.append(f"{self.name} waits for {other.name}")
-
-    def wait_event(self, event):
-        self.log.append(f"{self.name} waits for {event}")
-
-    def record_event(self):
-        self.events += 1
-        self.log.append(f"event {self.events}")
-        return f"event {self.events}"
-
-
-def test_next_batch_is_issued_before_this_one_is_handed_over(data, monkeypatch):
-    """On a GPU: copy and `prepare` of batch k+1 on the side stream, its event, and only then batch k, after a wait for
-    batch k's event alone; every tensor of it recorded on the caller's stream. Here with streams that only take notes.
-    """
-    log = []
-    main, side = FakeStream(log, "main"), FakeStream(log, "side")
-
-    @contextlib.contextmanager
-    def on(stream):
-        log.append(f"on {stream.name}")
-        yield
-        log.append("on main")
-
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: log.append(f"kept for {stream.name}"))
-    sampler = EpochSampler(24, 8, 1, shuffle=True, drop_last=True)
-    loader = Loader(TwoViews(data, 1, 0.08, 11), sampler, 0, CPU, lambda view: log.append("prepare") or view[0].float())
-    loader.side = side
-    for _ in loader.epoch(0):
-        log.append("step")
-
-    def issue(k):
-        return ["on side", "prepare", "prepare", f"event {k}", "on main"]
-
-    def use(k):
-        return [f"main waits for event {k}", "kept for main", "kept for main", "step"]
-
-    assert log == ["side waits for main", *issue(1), *issue(2), *use(1), *issue(3), *use(2), *use(3)]
+    expected = epoch_of(data, 1, 0)
+    monkeypatch.setattr(loader, "_as_made", pinned)
+    for batch, other in zip(epoch_of(data, 1, 0), expected, strict=True):
+        for part, same in zip((*batch[0], *batch[1], batch[2]), (*other[0], *other[1], other[2]), strict=True):
+            assert torch.equal(part, same)
+        assert type(batch[0]) is type(batch) is tuple
 
 
 def test_more_than_a_percent_of_bad_images_stops_all_the_same(mostly_good, imagenet, tmp_path):
@@ -436,8 +372,7 @@ def test_more_than_a_percent_of_bad_images_stops_all_the_same(mostly_good, image
 
 def test_bad_validation_image_is_left_out(mostly_good):
     """With skip, evaluation must see each good image exactly once."""
-    sampler = EpochSampler(300, 30)
-    batches = list(Loader(Labelled(mostly_good, bad_images="skip"), sampler, 0, CPU).epoch(0))
+    batches = list(Loader(LabeledBatches(mostly_good, bad_images="skip"), 30, 0, CPU).epoch(0))
     assert sum(len(images) for images, _ in batches) == 298
 
 
@@ -445,10 +380,10 @@ def test_pil_recipe_has_the_same_views_in_kind(imagenet):
     """`--augment pil` must give finished views, reproducible, with the pixel statistics of the batched recipe."""
     data = open_data_set("imagenet1000", imagenet, "train", image_size=40)
     stage = Augment(data.mean, data.std, blur=True)
-    recipe = pil_recipe(40, 0.08, data.mean, data.std, blur=True)
+    recipe = pil_recipe(data, 0.08)
     moments = []
     for kind in (None, recipe):
-        views = TwoViews(data, 0, 0.08, Augment.num_draws, recipe=kind)
+        views = TwoViewBatches(data, 0, 0.08, Augment.num_uniforms, recipe=kind)
         pixels = torch.cat([stage(views.make(epoch, list(range(24)), []).content[0]) for epoch in range(20)])
         moments.append(torch.stack([pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)), pixels.diff(dim=3).std((0, 2, 3))]))
         again = stage(views.make(0, list(range(24)), []).content[0])

@@ -31,11 +31,11 @@ def test_the_log_ends_before_the_run_does(tmp_path, monkeypatch, capsys):
         assert events
         shutil.rmtree(tmp_path / "run")
         for step in range(1, 4):
-            events.flush()
+            events.write("flush")
             events.scalars({"loss": 1.0}, step)
         assert not events
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"=> NOT written any more: the TensorBoard log in {tmp_path / 'run'}: ")
+    assert line.startswith(f"=> TensorBoard logging disabled: {tmp_path / 'run'}: ")
 
 
 def test_commit_is_that_of_the_checkout_alone(tmp_path):

@@ -26,7 +26,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import lincls
 import train
 from scripts import gradient_bias
-from sogclr import distributed, loader
+from sogclr import datasets, loader
+from sogclr.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = shlex.split("--arch resnet18 --image-size 32 --stem imagenet --batch-size 8 --workers 1 --print-freq 1")
@@ -86,7 +87,7 @@ def pretrained(imagenet, tmp_path_factory):
     """The output and the save folder of two epochs of the authors' command, at a size for a CPU."""
     folder = tmp_path_factory.mktemp("saved")
     command = shlex.split(PRETRAIN.replace("DIR2", str(folder)).replace("DIR", str(imagenet)))
-    url = f"tcp://localhost:{distributed.free_port()}"      # theirs may be taken
+    url = f"tcp://localhost:{free_port()}"      # theirs may be taken
     return run("train.py", *command, *TINY, "--dist-url", url, "--epochs", 2, "--seed", 5), folder
 
 
@@ -175,7 +176,7 @@ def test_resumed_run_equals_uninterrupted(pretrained, imagenet, tmp_path):
 
 def test_knn_during_pretraining_changes_nothing(pretrained, imagenet, tmp_path, monkeypatch):
     """With --knn-freq a run must end with the same weights, u and optimizer, bit by bit, and the same random state."""
-    def watched(*args, original=train.knn_evaluation):
+    def watched(*args, original=train.knn_monitor):
         evaluate = original(*args)
 
         def without_trace(encoder):
@@ -186,7 +187,7 @@ def test_knn_during_pretraining_changes_nothing(pretrained, imagenet, tmp_path, 
             return accuracies
         return without_trace
 
-    monkeypatch.setattr(train, "knn_evaluation", watched)
+    monkeypatch.setattr(train, "knn_monitor", watched)
     again = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--seed", 5, "--save_dir", tmp_path, "--knn-freq", 1)
     assert losses(again) == losses(pretrained[0])
     ours, plain = load(tmp_path), load(pretrained[1])
@@ -208,7 +209,7 @@ def brute_force_knn(path, imagenet):
                              if ".fc." not in key})
     sets = [torchvision.datasets.ImageFolder(imagenet / split) for split in ("train", "val")]
     images = torch.stack([loader.center_view(image, 32) for data in sets for image, _ in data])
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in loader.IMAGENET_MEAN_STD)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in datasets.IMAGENET_MEAN_STD)
     with torch.no_grad():
         features = torch.nn.functional.normalize(encoder.eval()((images / 255 - mean) / std).double())
     bank, queries = features.split([len(data) for data in sets])
@@ -274,7 +275,7 @@ def test_one_live_line_an_epoch_on_a_terminal(imagenet, tmp_path, monkeypatch):
     monkeypatch.setattr(io, "StringIO", Terminal)
     monkeypatch.setenv("COLUMNS", "60")
     output = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path)
-    lines = [line.removesuffix("\x1b[K") for line in output if line.endswith("\x1b[K")]     # what was written over
+    lines = [line.removesuffix("\x1b[K") for line in output if re.match(r"Epoch| \* Epoch", line)]
     assert len(lines) == 2 * 4
     for epoch in (0, 1):
         *live, summary = lines[4 * epoch:4 * epoch + 4]
@@ -392,7 +393,7 @@ def test_flags_reach_the_model(imagenet, tmp_path, flags, changes):
 
 def test_two_processes_started_by_hand(imagenet, tmp_path):
     """--world-size, --rank and --dist-url must make two processes one run, without torchrun."""
-    url = f"tcp://localhost:{distributed.free_port()}"
+    url = f"tcp://localhost:{free_port()}"
     command = [sys.executable, ROOT / "train.py", "--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path,
                "--world-size", 2, "--dist-url", url, "--dist-backend", "gloo", "--rank"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -417,7 +418,7 @@ def test_torchrun_with_two_processes(script, pretrained, imagenet, tmp_path):
         assert len(losses(lines)) == 6
         expected = brute_force_knn(newest(tmp_path, "checkpoint_0001.pth.tar"), imagenet)
         assert any(line.startswith(f" * Epoch 1 kNN-20 {expected:.1f} kNN-200 ") for line in lines)
-        assert any("(4 a rank)" in line for line in lines)
+        assert any("(4 per rank)" in line for line in lines)
         assert (load(tmp_path)["u"] > 0).all()
         resumed = run(script, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path / "again", "--resume",
                       newest(tmp_path, "checkpoint_0000.pth.tar"), launcher=torchrun)
@@ -525,12 +526,11 @@ BAD = [
     ("lincls.py", ["-e", "--resume", "auto"], "--evaluate: "),
     ("lincls.py", ["--finetune", "--features", "cached"], "--finetune: changes the encoder"),
     ("lincls.py", ["--finetune", "--lr", "0.1", "0.2"], "--finetune: trains one network, give one --lr"),
-    ("lincls.py", ["--finetune", "--batch-size", "25"], "--batch-size 25 is more than the 24 training images"),
+    ("lincls.py", ["--finetune", "--batch-size", "25"], "--finetune: --batch-size 25: the data set holds only 24"),
     ("lincls.py", ["--knn", "--finetune"], "--knn: trains nothing"),
     ("lincls.py", ["--knn", "--resume", "OTHER"], "--knn: has nothing to resume"),
     ("lincls.py", ["--lr", "0.1", "0.10"], "--lr, --wd: a value is given twice"),
     ("lincls.py", ["--encoder-lr", "0.1"], "--encoder-lr: belongs to --finetune"),
-    ("lincls.py", ["--cached-epochs", "1"], "--cached-epochs: belongs to --features cached"),
     ("lincls.py", ["--train-percent", "0"], "--train-percent: must be a number in (0, 100]"),
     ("lincls.py", ["--start-epoch", "90"], "--start-epoch 90: must be below --epochs 1"),
     ("train.py", ["--start-epoch", "900"], "--start-epoch 900: must be below --epochs 1"),
@@ -562,6 +562,7 @@ BAD = [
     ("train.py", ["--multiprocessing-distributed", "--dist-url", "tcp://localhost:99999"], "a number below 65536"),
     ("train.py", ["--multiprocessing-distributed", "--dist-url", "tcp://localhost:x"], "a number below 65536"),
     ("train.py", ["--world-size", "2", "--rank", "0"], "--world-size 2: needs"),
+    ("train.py", ["--world-size", "2", "--rank", "0", "--dist-url", "env://"], "variable MASTER_ADDR expected"),
     ("train.py", ["--world-size", "2", "--rank", "2", "--dist-url", "tcp://localhost:1"], "--rank 2: must be below"),
     ("train.py", ["--knn-freq", "1", "--data_name", "folder", "--data", "SUBSET"],
      "--knn-freq 1: needs images with labels, leave the flag out where there are none; --data"),
@@ -615,7 +616,6 @@ def refused(script, flags, message, monkeypatch, capsys):
     ({"WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
      ["--world-size", "2", "--rank", "0", "--dist-url", "env://"],
      "--world-size 2: the environment says WORLD_SIZE=4, give that"),
-    ({}, ["--world-size", "2", "--rank", "0", "--dist-url", "env://"], "--dist-url env://: the environment lacks"),
 ])
 def test_contradictions_with_the_environment(environment, flags, message, monkeypatch, capsys):
     """What torchrun or the shell has set must not be overruled silently."""
