@@ -106,8 +106,8 @@ def main_worker(args, device):
     precision, dtype = resolve_precision(args.precision, device)
     layout = memory_format(device, dtype)
     augment = Augment(data.mean, data.std, data.blur, dtype, layout).to(device)
-    recipe = pil_recipe(data, args.crop_min) if args.augment == "pil" else None
-    views = TwoViewBatches(data, run.seed, args.crop_min, Augment.num_uniforms, args.bad_images, recipe)
+    views = TwoViewBatches(data, run.seed, args.crop_min, Augment.num_uniforms, args.bad_images,
+                           pil_recipe(data, args.crop_min) if args.augment == "pil" else None)
     loader = Loader(views, args.batch_size, args.workers, device, seed=run.seed, shuffle=True, drop_last=True)
     knn = knn_monitor(args, data, device, dtype) if args.knn_freq else None
 
@@ -122,10 +122,7 @@ def main_worker(args, device):
     else:
         criterion = ContrastiveLoss(args.t)
     peak_lr = scaled_lr(args.lr, args.batch_size, args.learning_rate_scaling)
-    if args.optimizer == "lars":
-        optimizer = LARS(model.parameters(), peak_lr, weight_decay=args.weight_decay, momentum=args.momentum)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), peak_lr, weight_decay=args.weight_decay)
+    optimizer = make_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # of the gradients of fp16 alone
 
     # The run: it starts where its checkpoint is, and leaves a record.
@@ -181,11 +178,11 @@ def main_worker(args, device):
 
             log(progress.summary(losses, gcl))
             run.after_epoch(epoch, *[f"checkpoint_{epoch:04d}.pth.tar"] * checkpoint_is_kept(args, epoch))
+            show_u(events, criterion, steps, (epoch + 1) * steps)
             if knn and ((epoch + 1) % args.knn_freq == 0 or epoch == args.epochs - 1):
-                knn_acc1 = {f"kNN-{k}": acc1 for k, acc1 in knn(model.base_encoder).items()}
+                knn_acc1 = knn(model.base_encoder)                              # {"kNN-20": percent, ...}
                 log(f" * Epoch {epoch} " + " ".join(f"{name} {acc1:.1f}" for name, acc1 in knn_acc1.items()))
                 events.scalars({f"features/{name}": acc1 for name, acc1 in knn_acc1.items()}, (epoch + 1) * steps)
-            show_u(events, criterion, steps, (epoch + 1) * steps)
     if args.dry_run:
         log(dry_run_report(args, progress, training, device))
         return
@@ -193,6 +190,13 @@ def main_worker(args, device):
         "loss": losses.average, "gcl": gcl.average, **knn_acc1, "first_epoch": run.start_epoch,
         "seconds": training.seconds(), **record})
     log(f"=> done: {run.folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
+
+
+def make_optimizer(args, model):
+    """LARS or AdamW; the learning rate is set at each step."""
+    if args.optimizer == "lars":
+        return LARS(model.parameters(), args.lr, weight_decay=args.weight_decay, momentum=args.momentum)
+    return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
 
 
 class Training:

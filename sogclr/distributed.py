@@ -169,9 +169,10 @@ def broadcast_int(value):
 
 
 def start_any(flag):
-    """Begin to ask whether a flag is true on any rank: (work to wait for, uint8 [1] that then holds the answer)."""
+    """Begin to ask whether a flag is true on any rank; returns a function that waits for the answer."""
     answer = torch.tensor([flag], dtype=torch.uint8)
-    return dist.all_reduce(answer, dist.ReduceOp.MAX, group=_cpu_group, async_op=True), answer
+    work = dist.all_reduce(answer, dist.ReduceOp.MAX, group=_cpu_group, async_op=True)
+    return lambda: work.wait() and bool(answer)
 
 
 def require_same(value, what):

@@ -23,7 +23,7 @@ def evaluate_knn(encode, bank, queries, num_classes):
 
 
 class KNNMonitor:
-    """For --knn-freq: from an encoder in training to {k: its kNN accuracy in percent}, the same on every rank.
+    """For --knn-freq: from an encoder in training to {"kNN-20": accuracy in percent, ...}, the same on every rank.
 
     train, val: `ImageSet`s with labels, whose center crops are bank and queries; args: the script's.
     It evaluates a copy of the encoder, with the BatchNorm statistics that rank 0 would save, and leaves torch's
@@ -43,7 +43,9 @@ class KNNMonitor:
         for buffer in frozen.buffers():
             broadcast(buffer)
         with torch.random.fork_rng(devices=[]):     # a loader takes its workers' seeds from there
-            return evaluate_knn(Encoder(frozen, self.normalize, self.dtype), self.bank, self.queries, self.num_classes)
+            encode = Encoder(frozen, self.normalize, self.dtype)
+            accuracies = evaluate_knn(encode, self.bank, self.queries, self.num_classes)
+        return {f"kNN-{k}": acc1 for k, acc1 in accuracies.items()}
 
 
 @torch.no_grad()

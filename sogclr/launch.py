@@ -34,10 +34,9 @@ def launch(main_worker, args):
     """
     try:
         _check(args)
-        several_gpus = gpu_count() > 1 and args.gpu is None and args.world_size <= 1
         if dist.is_torchelastic_launched():
             _start(main_worker, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://")
-        elif args.multiprocessing_distributed or several_gpus:
+        elif args.multiprocessing_distributed or (gpu_count() > 1 and args.gpu is None and args.world_size <= 1):
             _spawn(main_worker, args)
         elif args.world_size > 1:
             _start(main_worker, args, args.rank, args.world_size, args.dist_url)
@@ -128,24 +127,20 @@ def _spawn(main_worker, args):
 
 def _spawned(i, main_worker, args, node, nodes, per_node, url):
     os.environ.update(LOCAL_RANK=str(i), LOCAL_WORLD_SIZE=str(per_node))
-    try:
-        _start(main_worker, args, node * per_node + i, nodes * per_node, url)
-    except InputError as error:
-        _fail(f"error: {error}", 2)
+    _start(main_worker, args, node * per_node + i, nodes * per_node, url)
 
 
 def _start(main_worker, args, rank=0, world_size=1, url=None):
     """Choose the device, join the process group if there is one, and run `main_worker(args, device)`."""
-    device = torch.device("cpu")
+    device, stopped = torch.device("cpu"), False
     if gpu_count():
         index = args.gpu if args.gpu is not None else int(os.environ.get("LOCAL_RANK", rank)) % gpu_count()
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    if url is not None:
-        backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
-        distributed.join(url, rank, world_size, backend, device)
-    stopped = False
     try:
+        if url is not None:
+            backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+            distributed.join(url, rank, world_size, backend, device)
         try:
             with _signals:
                 main_worker(args, device)
@@ -155,6 +150,8 @@ def _start(main_worker, args, rank=0, world_size=1, url=None):
         if dist.is_initialized():           # not after an error: other ranks may be waiting in a collective
             distributed.barrier()           # nor before rank 0 has saved
             dist.destroy_process_group()
+    except InputError as error:
+        _fail(f"error: {error}", 2)
     except RuntimeError as error:
         if not dist.is_initialized() or not ("gloo" in str(error) or "NCCL" in str(error)):
             raise
@@ -199,7 +196,7 @@ class _StopSignals:
         self.pids = pids
 
     def __enter__(self):
-        self.first = self.pending = None        # when the first one came; what is being asked of the other ranks
+        self.first = self.answer = None         # when the first one came; what the other ranks are being asked
         self.before = {number: signal.signal(number, self.hear) for number in self.NUMBERS}
 
     def __exit__(self, kind, *_):
@@ -232,9 +229,5 @@ def stop_requested():
     asked = _signals.first is not None
     if world_size() == 1:
         return asked
-    before, _signals.pending = _signals.pending, distributed.start_any(asked)
-    if before is None:
-        return False
-    work, answer = before
-    work.wait()
-    return bool(answer)
+    answer, _signals.answer = _signals.answer, distributed.start_any(asked)
+    return answer is not None and answer()

@@ -111,7 +111,7 @@ class GlobalContrastiveLoss(_Loss):
         its gradient is what matters, and `gcl()` what to watch. Updates `u` of the batch, on every rank alike.
 
         Call `backward()` outside autocast, as torch asks: inside, torch takes the gradient of the similarities in half
-        precision. Needs about MATRICES float32 matrices [2b, 2B] at a time: at B = 4096 on one device MEMORY.
+        precision. Needs about 4.3 float32 matrices [2b, 2B] at a time: 1.1 GiB at B = 4096 on one device.
         Raises ValueError. An index on the CPU is checked for range and duplicates; one on a GPU is not, since that
         would wait for the device, nor are duplicates on two GPUs (`EpochSampler` shows no image twice).
         """
