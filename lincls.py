@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluation of an encoder: of its frozen features, by linear classifiers or nearest neighbours, or after fine-tuning.
+"""Evaluation of an encoder: of its frozen features, by linear classifiers or nearest neighbors, or after fine-tuning.
 
 The encoder of a run of train.py, on ImageNet-1K with the usual protocol (the defaults):
     python lincls.py --data DIR --pretrained saved_models/RUN/checkpoint_0799.pth.tar
@@ -30,7 +30,7 @@ from sogclr.classifiers import Classifiers
 from sogclr.datasets import open_train_and_val
 from sogclr.distributed import all_reduce_sum, broadcast, data_parallel, log, rank, world_size
 from sogclr.features import CachedFeatures, Encoder, FreshFeatures
-from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, resolve_precision
+from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, refuse, resolve_precision
 from sogclr.knn import evaluate_knn
 from sogclr.launch import launch
 from sogclr.loader import LabeledBatches, Loader, check_batch_size
@@ -44,11 +44,10 @@ PROTOCOL_FLAGS = ("features", "train_percent", "finetune", "encoder_lr")
 # What a resumed run must share with its checkpoint, since it changes the numbers.
 RESUME_FLAGS = ("arch", "image_size", "batch_size", "epochs", "lr", "momentum", "weight_decay", "precision", "seed",
                 *PROTOCOL_FLAGS)
-EMBEDDED = 1000     # validation images in TensorBoard's projector
 
 
 def build_parser():
-    parser = Parser("Evaluation of a pretrained encoder: linear (the default), by nearest neighbours, or fine-tuned")
+    parser = Parser("Evaluation of a pretrained encoder: linear (the default), by nearest neighbors, or fine-tuned")
     groups = add_shared_flags(
         parser, batch_size=1024, epochs=90, lr=0.1, weight_decay=0.0, momentum_of="SGD", several=True,
         lr_help="base learning rate, times B / 256")
@@ -76,9 +75,9 @@ def build_parser():
 
 
 def check(args):
-    """Refuse flags that contradict each other."""
+    """Raise InputError where flags contradict each other."""
     several = len(grid(args)) > 1
-    contradictions = [
+    refuse(
         (args.evaluate and not args.resume,
          "-e/--evaluate: needs the classifier to evaluate, give its checkpoint with --resume"),
         (len(set(grid(args))) < len(grid(args)), "--lr, --wd: a value is given twice"),
@@ -89,10 +88,7 @@ def check(args):
          "--knn: trains nothing, leave out --finetune, --features cached and several values of --lr and --wd"),
         (args.knn and (args.evaluate or args.resume not in ("", "auto")),
          "--knn: has nothing to resume or evaluate, leave out -e and --resume (--pretrained takes any checkpoint)"),
-        (args.encoder_lr and not args.finetune, "--encoder-lr: belongs to --finetune, give that too")]
-    for contradicts, line in contradictions:
-        if contradicts:
-            raise InputError(line)
+        (args.encoder_lr and not args.finetune, "--encoder-lr: belongs to --finetune, give that too"))
 
 
 def grid(args):
@@ -141,7 +137,7 @@ class Evaluation:
         self.args, self.device, self.started = args, device, time.perf_counter()
         self.train_data, self.val_data = open_train_and_val(args.data_name, args.data, args.image_size)
         self.classes, image_size = self.train_data.images.classes, self.train_data.image_size
-        images = f"{self.train_data.fingerprint}, and for validation {self.val_data.fingerprint}"
+        fingerprint = f"{self.train_data.fingerprint}, and for validation {self.val_data.fingerprint}"
 
         # The run's folder, the checkpoint to continue from, and the encoder.
         self.run = run = Run(args, run_folder(args), CHECKPOINT_KEYS, "" if args.knn else args.resume,
@@ -150,7 +146,11 @@ class Evaluation:
             raise InputError(f"-e/--evaluate: {run.folder} holds no run yet, give a checkpoint with --resume PATH")
         pretrained, self.pretraining = read_encoder(args, run)
         if args.train_percent < 100:
-            self.use_a_part_of_the_images()
+            images = self.train_data.images
+            few = Subset(images, balanced_indices(images.targets, args.train_percent, run.seed))
+            self.train_data = dataclasses.replace(self.train_data, images=few)
+            if rank() == 0 and not args.evaluate:
+                few.write_list(run.folder / "train_subset.txt")
         stem = choose_stem(args.stem, image_size)
         if pretrained:
             stem = "cifar" if pretrained["conv1.weight"].shape[-1] == 3 else "imagenet"
@@ -159,9 +159,8 @@ class Evaluation:
         precision, dtype = resolve_precision(args.precision, device)
         network = resnet(args.arch, stem)
         num_features, network.fc = network.fc.in_features, nn.Identity()
-        pairs = grid(args)
-        if args.evaluate:       # all that the file holds
-            pairs = [(row["lr"], row["weight_decay"]) for row in run.saved.get("classifiers", ())] or pairs
+        rows = run.saved.get("classifiers", ()) if args.evaluate else ()        # all that the file holds
+        pairs = [(row["lr"], row["weight_decay"]) for row in rows] or grid(args)
         self.classifiers = Classifiers(num_features, len(self.classes), pairs).to(device)
         if pretrained:
             load_encoder(network, pretrained, run.source if run.saved else f"--pretrained {args.pretrained}")
@@ -173,7 +172,7 @@ class Evaluation:
         self.encoder.requires_grad_(args.finetune).eval()   # frozen BatchNorm too: its statistics are the encoder's
 
         self.settings = vars(args) | {"seed": run.seed, "precision": precision, "stem": stem, "image_size": image_size,
-                                      "images": images,
+                                      "images": fingerprint,
                                       "encoder_lr": (args.encoder_lr or args.lr / 10) if args.finetune else None}
         log(f"=> {protocol(args)} of {args.pretrained or run.resume or 'a random encoder'} "
             f"({args.arch}, {stem} stem, {precision}), on {report.device_names(device)}")
@@ -184,14 +183,6 @@ class Evaluation:
         if trained_at != image_size:
             log(f"=> note: the encoder was pretrained at {trained_at} pixels, "
                 f"--image-size {trained_at} evaluates it there")
-
-    def use_a_part_of_the_images(self):
-        """Those of --train-percent, which train_subset.txt lists."""
-        images, args = self.train_data.images, self.args
-        few = Subset(images, balanced_indices(images.targets, args.train_percent, self.run.seed))
-        self.train_data = dataclasses.replace(self.train_data, images=few)
-        if rank() == 0 and not args.evaluate:
-            few.write_list(self.run.folder / "train_subset.txt")
 
     @torch.inference_mode()
     def encode(self, images):
@@ -253,10 +244,8 @@ def evaluate_saved(evaluation):
     """The accuracy of the classifiers in a checkpoint."""
     classifiers, run = evaluation.classifiers, evaluation.run
     classifiers.restore(run.saved, run.source)
-    accuracies = validate(classifiers, FreshFeatures(evaluation.encode, evaluation.loader(evaluation.val_data)),
-                          classifiers, evaluation.device)
-    for score, (acc1, acc5) in zip(classifiers.scores, accuracies, strict=True):
-        score.update(acc1=acc1, acc5=acc5)
+    batches = FreshFeatures(evaluation.encode, evaluation.loader(evaluation.val_data))
+    classifiers.record(validate(classifiers, batches, classifiers, evaluation.device))
     file = Path(run.resume)
     evaluation.write_results(file.with_name(f"results_{file.name.split('.')[0]}.json"), evaluated=str(file),
                              classifiers=classifiers.scores, chosen=classifiers.chosen)
@@ -279,12 +268,11 @@ def train(evaluation):
     peak_lrs = [group["lr"] * args.batch_size / 256 for group in groups]
     optimizer = torch.optim.SGD(groups, momentum=args.momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=args.finetune and settings["precision"] == "fp16")
-    run.restore(Training(classifiers, encoder, optimizer, scaler, settings), settings, PARSER, RESUME_FLAGS)
+    run.restore(TrainingState(classifiers, encoder, optimizer, scaler, settings), settings, PARSER, RESUME_FLAGS)
 
     # What the model is given: images where the encoder learns too, else its features.
     model = nn.Sequential(encoder, classifiers) if args.finetune else classifiers
     batches, val_batches = make_batches(evaluation)
-    frozen = {} if args.finetune else {name: tensor.clone() for name, tensor in encoder.resnet.state_dict().items()}
     several = len(classifiers) > 1
     results = run.folder / "results.json"
     recorded = run.start_epoch >= args.epochs and results.exists()
@@ -322,7 +310,7 @@ def train(evaluation):
                     log(progress.line(*meters[shown], f"LR {lrs[shown]:.4g}" + which), live=progress.live)
                 run.after_step(epoch, step, len(batches))
 
-            classifiers.record(epoch, validate(model, val_batches, classifiers, device))
+            classifiers.record(validate(model, val_batches, classifiers, device), epoch)
             best = classifiers.best
             log(" * Epoch {} Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} (best Acc@1 {best_acc1:.3f} in epoch {best_epoch})"
                 .format(epoch, **best) + f" {classifiers.names[classifiers.chosen]}" * several)
@@ -330,17 +318,11 @@ def train(evaluation):
                 curve.scalars({"val/Acc@1": score["acc1"], "val/Acc@5": score["acc5"], "train/Acc@1": top1.average,
                                "train/loss": average.average, "train/learning rate": lr}, epoch)
                 curve.write("flush")
-            run.after_epoch(epoch, *["model_best.pth.tar"] * (best["best_epoch"] == epoch))
+            run.after_epoch(epoch, "model_best.pth.tar" if best["best_epoch"] == epoch else None)
         if not recorded:
             for curve, score in zip(curves, classifiers.scores, strict=True):
                 curve.hparams(settings, score)
 
-    now = encoder.resnet.state_dict()
-    changed = [name for name in frozen if not torch.equal(now[name], frozen[name])]
-    if changed:
-        raise RuntimeError(f"the frozen encoder changed while its classifier was trained: {', '.join(changed)}")
-    if frozen:
-        log(f"=> the frozen encoder is unchanged ({len(frozen)} tensors compared)")
     if not recorded:
         evaluation.write_results(results, classifiers=classifiers.scores, chosen=classifiers.chosen,
                                  chosen_by="best Acc@1 on the validation set", first_epoch=run.start_epoch)
@@ -351,14 +333,16 @@ def train(evaluation):
         **classifiers.best))
 
 
-class Training:
-    """All that training changes, as a checkpoint holds it; see `Run.restore`. The encoder is restored before."""
+class TrainingState:
+    """All that training changes, as a checkpoint holds it: what `Run` saves, restores, and checks before a save. (The
+    encoder is restored before, where it is built.)
+    """
 
     def __init__(self, classifiers, encoder, optimizer, scaler, settings):
         self.classifiers, self.encoder, self.settings = classifiers, encoder, settings
         self.optimizer, self.scaler = optimizer, scaler
 
-    def state(self):
+    def saved(self):
         chosen = self.classifiers[self.classifiers.chosen].state_dict()
         head = {f"fc.{name}": tensor for name, tensor in chosen.items()}
         return {"state_dict": checkpoint.add_ddp_prefix(self.encoder.resnet.state_dict() | head),
@@ -412,9 +396,9 @@ def validate(model, batches, classifiers, device):
 
 
 def embed(evaluation):
-    """Validation images for TensorBoard's projector, the same number of each class."""
+    """1000 validation images for TensorBoard's projector, the same number of each class."""
     images = evaluation.val_data.images
-    some = Subset(images, balanced_indices(images.targets, min(100 * EMBEDDED / len(images), 100), seed=0))
+    some = Subset(images, balanced_indices(images.targets, min(100 * 1000 / len(images), 100), seed=0))
     loader = evaluation.loader(dataclasses.replace(evaluation.val_data, images=some))
     report.add_embedding(evaluation.run.folder, evaluation.encode, loader, evaluation.classes, evaluation.args.epochs)
 

@@ -35,8 +35,8 @@ from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
 from sogclr.run import Run
 
 DRY_STEPS, DRY_SECONDS = 12, 60     # of --dry-run, but two steps at least
-METHODS = {"dcl": "sogclr", "cl": "simclr"}
-CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")
+METHODS = {"dcl": "sogclr", "cl": "simclr"}     # --loss_type, and the name of the method
+CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")     # and u with dcl
 # What a resumed run must share with its checkpoint, since it changes the numbers.
 RESUME_FLAGS = ("data_name", "arch", "stem", "dim", "mlp_dim", "num_proj_layers", "loss_type", "t", "gamma",
                 "gamma_schedule", "gamma_decay_epochs", "image_size", "crop_min", "augment", "optimizer", "batch_size",
@@ -106,8 +106,8 @@ def main_worker(args, device):
     precision, dtype = resolve_precision(args.precision, device)
     layout = memory_format(device, dtype)
     augment = Augment(data.mean, data.std, data.blur, dtype, layout).to(device)
-    views = TwoViewBatches(data, run.seed, args.crop_min, Augment.num_uniforms, args.bad_images,
-                           pil_recipe(data, args.crop_min) if args.augment == "pil" else None)
+    recipe = pil_recipe(data, args.crop_min) if args.augment == "pil" else None     # its views pass augment unchanged
+    views = TwoViewBatches(data, run.seed, args.crop_min, Augment.num_uniforms, args.bad_images, recipe)
     loader = Loader(views, args.batch_size, args.workers, device, seed=run.seed, shuffle=True, drop_last=True)
     knn = knn_monitor(args, data, device, dtype) if args.knn_freq else None
 
@@ -123,15 +123,15 @@ def main_worker(args, device):
         criterion = ContrastiveLoss(args.t)
     peak_lr = scaled_lr(args.lr, args.batch_size, args.learning_rate_scaling)
     optimizer = make_optimizer(args, model)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # of the gradients of fp16 alone
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # bf16 and fp32 need none
 
     # The run: it starts where its checkpoint is, and leaves a record.
     settings = vars(args) | {"seed": run.seed, "precision": precision, "stem": stem, "image_size": data.image_size,
                              "gamma_decay_epochs": args.gamma_decay_epochs or max(args.epochs // 2, 1),
                              "images": data.fingerprint}
     guard = NanGuard(device, f"--lr {args.lr:g}: try a smaller one, a longer --warmup-epochs or --precision fp32")
-    training = Training(model, criterion, optimizer, scaler, guard)
-    run.restore(training, settings, PARSER, RESUME_FLAGS)
+    state = TrainingState(model, criterion, optimizer, scaler, guard)
+    run.restore(state, settings, PARSER, RESUME_FLAGS)
     if run.start_epoch >= args.epochs:
         log(f"=> nothing to do: {run.resume} has all {args.epochs} epochs")
         return
@@ -139,20 +139,20 @@ def main_worker(args, device):
     record = {"command": sys.argv, "settings": settings, **report.environment_info(device)}
     steps, epochs, print_freq, knn_acc1 = len(loader), args.epochs, args.print_freq, {}
     if args.dry_run:
-        loader, epochs, print_freq, knn = FirstBatches(loader), 1, 1, None
+        loader, epochs, print_freq, knn = FirstBatches(loader), 1, 1, None      # knn was only to be checked
     else:
         report.write_json(run.folder / "settings.json", record)
 
     net = data_parallel(model, device)
-    with run:
+    with run:       # writes its checkpoints in the background, until its end
         events = run.events(run.start_epoch * steps + run.start_step)
         for epoch in range(run.start_epoch, epochs):
             net.train()
-            if args.gamma_schedule == "cosine":
+            if args.loss_type == "dcl" and args.gamma_schedule == "cosine":
                 criterion.gamma = gamma_at(epoch, args.gamma, settings["gamma_decay_epochs"])
             losses, gcl = AverageMeter("Loss", ".4f"), AverageMeter("GCL", ".4f")
             progress = Progress(loader, epoch, run.first_step(epoch), args.epochs, args.batch_size)
-            for step, (view1, view2, index) in progress:
+            for step, (view1, view2, index) in progress:        # of loader.epoch(epoch): uint8 crops, int64 [b]
                 lr = lr_at(epoch + step / steps, peak_lr, args.epochs, args.warmup_epochs)
                 set_lr(optimizer, lr)
 
@@ -174,21 +174,21 @@ def main_worker(args, device):
                     events.scalars(watched(criterion, losses, gcl, lr, progress), epoch * steps + step)
                 if (epoch, step) == (run.start_epoch, run.start_step):
                     events.write("add_image", "views", side_by_side(augment, images1, images2), epoch * steps + step)
-                run.after_step(epoch, step, steps)
+                run.after_step(epoch, step, steps)      # saves where it is time; where a signal came, saves and stops
 
             log(progress.summary(losses, gcl))
-            run.after_epoch(epoch, *[f"checkpoint_{epoch:04d}.pth.tar"] * checkpoint_is_kept(args, epoch))
+            run.after_epoch(epoch, f"checkpoint_{epoch:04d}.pth.tar" if checkpoint_is_kept(args, epoch) else None)
             show_u(events, criterion, steps, (epoch + 1) * steps)
             if knn and ((epoch + 1) % args.knn_freq == 0 or epoch == args.epochs - 1):
                 knn_acc1 = knn(model.base_encoder)                              # {"kNN-20": percent, ...}
                 log(f" * Epoch {epoch} " + " ".join(f"{name} {acc1:.1f}" for name, acc1 in knn_acc1.items()))
                 events.scalars({f"features/{name}": acc1 for name, acc1 in knn_acc1.items()}, (epoch + 1) * steps)
     if args.dry_run:
-        log(dry_run_report(args, progress, training, device))
+        log(dry_run_report(args, progress, state, device))
         return
     report.write_json(run.folder / "results.json", {
         "loss": losses.average, "gcl": gcl.average, **knn_acc1, "first_epoch": run.start_epoch,
-        "seconds": training.seconds(), **record})
+        "seconds": state.seconds(), **record})
     log(f"=> done: {run.folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
 
 
@@ -199,8 +199,8 @@ def make_optimizer(args, model):
     return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
 
 
-class Training:
-    """All that training changes, as a checkpoint holds it; see `Run.restore`."""
+class TrainingState:
+    """All that training changes, as a checkpoint holds it: what `Run` saves, restores, and checks before a save."""
 
     def __init__(self, model, criterion, optimizer, scaler, guard):
         self.model, self.criterion, self.optimizer, self.scaler, self.guard = model, criterion, optimizer, scaler, guard
@@ -213,11 +213,11 @@ class Training:
         before = self.seconds_before
         return None if before is None else round(before + time.perf_counter() - self.started, 1)
 
-    def state(self):
+    def saved(self):
         saved = {"state_dict": checkpoint.add_ddp_prefix(self.model.state_dict()),
                  "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                  "seconds": self.seconds()}
-        if isinstance(self.criterion, GlobalContrastiveLoss):       # u is what the authors' files have
+        if isinstance(self.criterion, GlobalContrastiveLoss):       # u for the authors' code, the rest for ours
             saved |= {"u": self.criterion.u[:, None].float(), **self.criterion.state_dict()}
         return saved
 
@@ -226,9 +226,9 @@ class Training:
         if isinstance(self.criterion, GlobalContrastiveLoss):
             checkpoint.require(saved, source, ("u",))
             rows, images = saved["u"].numel(), len(self.criterion.log_u)
-            if rows not in (images, images + 1):        # the authors keep one row more
+            if rows not in (images, images + 1):        # the authors keep one row more, the last, which no image has
                 raise InputError(f"{source}: was made on {rows} images, but this data set holds {images}")
-            self.criterion.u = saved["u"].flatten()[:images]
+            self.criterion.u = saved["u"].flatten()[:images]        # where log_u and the rest are missing: theirs
             self.criterion.load_state_dict({name: saved.get(name, tensor)
                                             for name, tensor in self.criterion.state_dict().items()})
         checkpoint.restore_parts(saved | {"state_dict": checkpoint.remove_ddp_prefix(saved["state_dict"])}, source,
@@ -315,7 +315,7 @@ class FirstBatches:
                 return
 
 
-def dry_run_report(args, progress, training, device):
+def dry_run_report(args, progress, state, device):
     """What the whole run will take, by its first steps and what a checkpoint holds, in one line."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -325,8 +325,8 @@ def dry_run_report(args, progress, training, device):
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB, and the workers'"
     hours = args.epochs * progress.steps * progress.seconds_per_step / 3600
     duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
-    kept = 2 + sum(checkpoint_is_kept(args, epoch) for epoch in range(args.epochs))      # and the last and the previous
-    disk = kept * checkpoint.size(training.state()) / 2**30
+    kept = 2 + sum(checkpoint_is_kept(args, epoch) for epoch in range(args.epochs))      # 2: _last and _previous
+    disk = kept * checkpoint.size(state.saved()) / 2**30
     return (f"=> {args.epochs} epochs will take about {duration} ({progress.images_per_second:.0f} images/s, "
             f"{progress.waiting}), memory {memory}, and {disk:.1f} GiB in {args.save_dir} for {kept} checkpoints; "
             "dry run: nothing was written")

@@ -1,13 +1,14 @@
 """SogCLR: self-supervised pretraining with the global contrastive loss (Yuan et al., ICML 2022, arXiv 2202.12387).
 
-Start reading at `train.py`. Rooms: `builder` (the model), `loss` (the method), `optimizer` (LARS), `loader` and
-`shapes` (data), `augment` (colour, on the device), `features`, `classifiers`, `knn` and `subset` (evaluation),
-`distributed`, `checkpoint`, `meters`, `report` and `flags` (the run).
+Start reading at `train.py`. Modules: `loss` (the method), `builder` (the model), `optimizer` (LARS), `datasets`,
+`files`, `shapes` and `loader` (data), `augment` (color, on the device), `features`, `classifiers`, `knn` and `subset`
+(evaluation), `distributed` (what ranks exchange), `launch` (how processes start and end), `run`, `checkpoint`,
+`report`, `meters` and `flags` (the run).
 """
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line that names the flag or the file and the cure.
+    """Something the user gave cannot be used. The message is one line that names the flag or the file and the way out.
 
     The scripts print it without a traceback and exit with code 2; library users may catch it.
     """
@@ -15,3 +16,8 @@ class InputError(Exception):
 
 class Stopped(Exception):
     """A signal has asked the run to stop, and all of it is saved. The message says where it stopped."""
+
+
+def one_line(error):
+    """The beginning of a library's error message, as one line."""
+    return " ".join(str(error).split())[:200]

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torchvision
 
-from sogclr import InputError
+from sogclr import InputError, one_line
 
 
 def resnet(arch, stem="imagenet", **kwargs):
@@ -110,17 +110,13 @@ def encoder_state(checkpoint, source, arch=None):
 def load_encoder(model, state, source):
     """Load `encoder_state(...)` into a torchvision ResNet; its classifier `fc` is left as it is.
 
-    Raises InputError, naming the first keys, where the two are not of one architecture.
+    Raises InputError, with torch's words for the first tensors, where the two are not of one architecture.
     """
-    own = {key: value for key, value in model.state_dict().items() if not key.startswith("fc.")}
-    shapes = [f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}"
-              for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    wrong = [f"{len(keys)} {what}: {_first(keys)}" for what, keys in (
-        ("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()), ("of another shape", shapes))
-        if keys]
-    if wrong:
-        raise InputError(f"{source}: does not fit this encoder, give its --arch; tensors " + "; ".join(wrong))
-    model.load_state_dict(state, strict=False)
+    head = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
+    try:
+        model.load_state_dict(state | head)
+    except RuntimeError as error:
+        raise InputError(f"{source}: does not fit this encoder, give its --arch: {one_line(error)}") from error
 
 
 def _first(names):

@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import torch
 
-from sogclr import InputError, Stopped
+from sogclr import InputError, Stopped, one_line
 from sogclr.distributed import rank
 
 LAST, PREVIOUS = "checkpoint_last.pth.tar", "checkpoint_previous.pth.tar"
@@ -202,8 +202,8 @@ def restore_parts(saved, source, **parts):
             if saved.get(name):
                 part.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise InputError(f"{source}: was made with another model, optimizer or protocol: "
-                             + " ".join(str(error).split())[:200]) from error
+            raise InputError(f"{source}: was made with another model, optimizer or protocol: {one_line(error)}"
+                             ) from error
 
 
 def add_ddp_prefix(state_dict):

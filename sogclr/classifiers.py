@@ -42,11 +42,12 @@ class Classifiers(nn.ModuleList):
         """The chosen one's scores."""
         return self.scores[self.chosen]
 
-    def record(self, epoch, accuracies):
-        """Note the validation after an epoch: accuracies: [(Acc@1, Acc@5)] of each, in percent."""
+    def record(self, accuracies, epoch=None):
+        """Note a validation, [(Acc@1, Acc@5)] of each in percent; where it is an epoch's, also whether it is the best."""
         for score, (acc1, acc5) in zip(self.scores, accuracies, strict=True):
-            best_acc1, best_epoch = max((score["best_acc1"], score["best_epoch"]), (acc1, epoch))
-            score.update(acc1=acc1, acc5=acc5, best_acc1=best_acc1, best_epoch=best_epoch)
+            score.update(acc1=acc1, acc5=acc5)
+            if epoch is not None and (acc1, epoch) > (score["best_acc1"], score["best_epoch"]):
+                score.update(best_acc1=acc1, best_epoch=epoch)
 
     def saved(self):
         """What a checkpoint holds of them apart from the chosen one's tensors in its `state_dict`: that one's

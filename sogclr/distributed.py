@@ -91,8 +91,8 @@ class _Gather(torch.autograd.Function):
 def gather_with_gradient(tensor):
     """[b, ...] on every rank -> [B, ...] in the order of ranks, on every rank.
 
-    Every rank's loss depends on all of it, so the gradient that a rank's own part gets is the sum of what all ranks say
-    about it. (A gather that returns only what this rank says gives the right loss and a wrong gradient.)
+    Every rank's loss depends on all of it, so the gradient of a rank's own part is the sum of what all ranks say about
+    it. (A gather that returns only what this rank says gives the right loss and a wrong gradient.)
     """
     return _Gather.apply(tensor) if world_size() > 1 else tensor
 
@@ -108,8 +108,8 @@ class _Mean(torch.autograd.Function):
 
 
 def mean_over_ranks(values):
-    """[b] on every rank -> the mean over all ranks, 0-d, with the gradient of this rank's own mean: DDP takes the mean
-    of the ranks' gradients.
+    """[b] on every rank -> the mean of all B values, 0-d, with the gradient of this rank's own mean, since DDP takes
+    the mean of the ranks' gradients.
     """
     return _Mean.apply(values.mean()) if world_size() > 1 else values.mean()
 
@@ -173,13 +173,6 @@ def start_any(flag):
     answer = torch.tensor([flag], dtype=torch.uint8)
     work = dist.all_reduce(answer, dist.ReduceOp.MAX, group=_cpu_group, async_op=True)
     return lambda: work.wait() and bool(answer)
-
-
-def require_same(value, what):
-    """Raise InputError on a rank whose integer differs from rank 0's."""
-    first = broadcast_int(value)
-    if value != first:
-        raise InputError(f"{what}: rank 0 has {first}, but rank {rank()} has {value}")
 
 
 def barrier():

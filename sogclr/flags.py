@@ -48,8 +48,8 @@ class Parser(argparse.ArgumentParser):
                 flag = next(name for name in action.option_strings if name.startswith("--"))
                 before, value = (" ".join(map(str, given)) if isinstance(given, list) else given
                                  for given in (before, value))
-                cure = f"leave {flag} out" if before == action.default else f"give {flag} {before}"
-                raise InputError(f"{source}: was made with {flag} {before}, not {value}; {cure}, or start a new run")
+                hint = f"leave {flag} out" if before == action.default else f"give {flag} {before}"
+                raise InputError(f"{source}: was made with {flag} {before}, not {value}; {hint}, or start a new run")
 
 
 def output_file(text):
@@ -62,6 +62,13 @@ def output_file(text):
     if not writable:
         raise argparse.ArgumentTypeError(f"must be a file that can be written, in a folder that is there, got {text!r}")
     return path
+
+
+def refuse(*cases):
+    """cases: (whether flags contradict each other, the line that says so). Raises InputError at the first that do."""
+    for contradicts, line in cases:
+        if contradicts:
+            raise InputError(line)
 
 
 def number(kind, interval):

@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 
 from sogclr import InputError, Stopped, distributed
 from sogclr.distributed import local_rank, log, ranks_here, world_size
+from sogclr.flags import refuse
 
 STOPPED = 75            # exit code after `Stopped` (EX_TEMPFAIL: try again)
 GRACE_SECONDS = 10      # for the other ranks of this machine to end by themselves when one has failed
@@ -53,7 +54,7 @@ def _check(args):
     gpus, torchrun = gpu_count(), dist.is_torchelastic_launched()
     several = args.multiprocessing_distributed or args.world_size > 1 or args.rank > 0
     told = int(os.environ.get("WORLD_SIZE", args.world_size))
-    for contradicts, line in (
+    refuse(
         (args.gpu is not None and args.gpu >= gpus,
          f"--gpu {args.gpu}: this machine shows {gpus} GPU{'' if gpus == 1 else 's'}, "
          + (f"numbered 0 to {gpus - 1}" if gpus else "leave the flag out to run on the CPU")),
@@ -74,10 +75,7 @@ def _check(args):
          f"--world-size {args.world_size}: the environment says WORLD_SIZE={told}, give that"),
         (args.world_size > 1 and (args.rank < 0 or not args.dist_url),
          f"--world-size {args.world_size}: needs --rank (0 to {args.world_size - 1}) and --dist-url tcp://HOST:PORT "
-         "of rank 0"),
-    ):
-        if contradicts:
-            raise InputError(line)
+         "of rank 0"))
     if several and not args.rank > 0 and (args.dist_url or "").startswith("tcp://"):
         _require_free_port(args.dist_url)
 

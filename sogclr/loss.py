@@ -4,15 +4,22 @@ Names follow the paper (Yuan et al., ICML 2022, arXiv 2202.12387):
 
     B          images in the global batch, over all ranks; b = B / ranks of them on this rank
     z^a, z^b   [b, D] L2-normalized projections of the two views; s(x, y) = x . y; tau the temperature
-    g_i^a      mean of exp(s(z_i^a, z)/tau) over the 2(B-1) views z of other images, the negatives; g_i^b likewise
+    g_i^a      mean of exp(s(z_i^a, z_j)/tau) over its negatives z_j: both views of all other images j, 2(B-1) in number
+
+What is minimized is the global contrastive loss, for which g has all other images of the data set as negatives:
+
+    GCL = mean_i [ tau log g_i^a + tau log g_i^b - 2 s(z_i^a, z_i^b) ]
+
+Its gradient has g in the denominator, where that of a small batch does harm. There SogCLR puts a moving average:
+
     u_i        moving average of g_i, one for each image of the data set; 0 before the image's first visit
     U_i^a      (1 - gamma_i) u_i + gamma_i g_i^a, with gamma_i = 1 on the first visit and gamma after it; U_i^b likewise
     w_ij^a     exp(s(z_i^a, z_j)/tau) / U_i^a, held fixed; w_ij^b likewise
+    u_i     <- (U_i^a + U_i^b) / 2
+    loss     = mean_i [ -2 s(z_i^a, z_i^b) + 1/(2(B-1)) sum_j (w_ij^a s(z_i^a, z_j) + w_ij^b s(z_i^b, z_j)) ]
 
-    u_i <- (U_i^a + U_i^b) / 2
-    loss = mean_i [ -2 s(z_i^a, z_i^b) + 1/(2(B-1)) sum_j (w_ij^a s(z_i^a, z_j) + w_ij^b s(z_i^b, z_j)) ]
-
-What is exponentiated is kept as its logarithm, since exp(1/tau) leaves float32 below tau = 0.0113.
+so that the gradient of `loss` is that of GCL with 1/U for 1/g: the tau before the logarithm and the 1/tau of the score
+cancel. What is exponentiated is kept as its logarithm, since exp(1/tau) leaves float32 below tau = 0.0113.
 """
 
 import math
@@ -25,14 +32,13 @@ from sogclr.distributed import all_gather, gather_with_gradient, mean_over_ranks
 
 
 def similarities(z1, z2):
-    """What both losses are made of: how similar this rank's views are to all views of the global batch.
+    """The similarities of this rank's views to all views of the global batch.
 
-    z1, z2: [b, D] the two views' projections, not normalized. Computed in float32 or better, also inside autocast.
-
-    Returns keys [2B, D]: the unit projections of all ranks, views a before views b, with their gradient;
-    s [2b, 2B]: the similarity of each view of this rank, views a before views b, to each key;
-    positive [b]: that of an image's two views; negative [2b, 2B]: whether the key is a view of another image.
-    Raises ValueError where the views do not fit each other, or one image is all there is.
+    z1, z2: [b, D] the two views' projections, not normalized, as many on each rank.
+    Returns, in float32 or better also inside autocast: keys [2B, D], the unit projections of all ranks, views a before
+    views b, with their gradient; s [2b, 2B], the similarity of each view of this rank (a before b) to each key;
+    positive [b], that of an image's two views; is_negative [2b, 2B], whether the key is a view of another image.
+    Raises ValueError where the views' shapes differ, or where one image is all there is.
     """
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise ValueError(f"the two views must be [B, D] and alike, got {list(z1.shape)} and {list(z2.shape)}")
@@ -41,20 +47,21 @@ def similarities(z1, z2):
         raise ValueError("the batch must hold at least 2 images: one alone has no negatives")
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1) for z in (z1, z2))
-        keys = gather_with_gradient(torch.stack([z1, z2], dim=1)).transpose(0, 1).flatten(0, 1)
+        keys = gather_with_gradient(torch.stack([z1, z2], dim=1))               # [B, 2, D]
+        keys = keys.transpose(0, 1).flatten(0, 1)                               # [2B, D]
         s = torch.cat([z1, z2]) @ keys.T
-    image = torch.arange(B, device=s.device).expand(2, B)
-    own = image[:, rank() * b:(rank() + 1) * b]
+    image = torch.arange(B, device=s.device).expand(2, B)                       # of each key
+    own = image[:, rank() * b:(rank() + 1) * b]                                 # of each view of this rank
     return keys, s, (z1 * z2).sum(1), own.reshape(-1, 1) != image.flatten()
 
 
 class _Loss(nn.Module):
-    """What both losses share: the temperature, and what others may read of the last global batch, on every rank alike.
+    """What both losses share: the temperature, and what others may read of the last global batch, alike on all ranks.
 
-    keys: [2B, D] the unit projections, views a before views b; log_U: [B, 2] the log of U_i^a and U_i^b.
+    keys: [2B, D] the unit projections, views a before views b; log_U: [B, 2] of U_i^a and U_i^b; both detached.
     """
 
-    def __init__(self, temperature):
+    def __init__(self, temperature=0.1):
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
@@ -63,9 +70,7 @@ class _Loss(nn.Module):
 
     @torch.no_grad()
     def gcl(self):
-        """The estimate of the global contrastive loss by the last batch, which a person watches, 0-d:
-        mean_i [ tau log U_i^a + tau log U_i^b - 2 s(z_i^a, z_i^b) ].
-        """
+        """The last batch's estimate of GCL, with U for g, 0-d: the value to watch."""
         z1, z2 = self.keys.chunk(2)
         return (self.temperature * self.log_U.sum(1) - 2 * (z1 * z2).sum(1)).mean()
 
@@ -75,9 +80,9 @@ class GlobalContrastiveLoss(_Loss):
 
     num_samples: N, the size of the data set; temperature: tau > 0; gamma: in (0, 1], weight of the new value in `u`.
 
-    The estimator is the buffer `log_u` ([N] float32, -inf before the first visit); it moves with `.to(device)` and is
-    part of `state_dict()`. So are `batches`, the number of batches so far, and `last_visit` ([N] int32): that number
-    when an image was last in a batch, -1 where that is not known.
+    The moving averages are the buffer `log_u` ([N] float32, -inf before the first visit); it moves with `.to(device)`
+    and is part of `state_dict()`. So are `batches`, the number of batches so far, and `last_visit` ([N] int32): that
+    number when an image was last in a batch, -1 where it never was or that is not known.
     """
 
     def __init__(self, num_samples, temperature=0.1, gamma=0.9):
@@ -106,38 +111,47 @@ class GlobalContrastiveLoss(_Loss):
     def forward(self, z1, z2, index):
         """z1, z2: [b, D] the two views' projections, not normalized; index: [b] the images' places in the data set.
 
-        Returns the loss of the global batch, 0-d: the same value on every rank, with the gradient of this rank's part
-        of it, so that DDP's mean over the ranks is the gradient of one process with all B images. It may be negative:
-        its gradient is what matters, and `gcl()` what to watch. Updates `u` of the batch, on every rank alike.
+        Returns the loss of the global batch, 0-d, the same on all ranks, and updates `u` of its images. Under DDP,
+        which takes the mean of the ranks' gradients, its gradient is that of one process with all B images. The value
+        says little and may be negative: watch `gcl()`.
 
         Call `backward()` outside autocast, as torch asks: inside, torch takes the gradient of the similarities in half
         precision. Needs about 4.3 float32 matrices [2b, 2B] at a time: 1.1 GiB at B = 4096 on one device.
-        Raises ValueError. An index on the CPU is checked for range and duplicates; one on a GPU is not, since that
-        would wait for the device, nor are duplicates on two GPUs (`EpochSampler` shows no image twice).
+        Raises ValueError where shapes do not fit, or an image is out of range or appears twice. (Of an index on a GPU
+        only the shape is checked, since to look at it would wait for the GPU.)
         """
-        _check_index(index, len(z1), len(self.log_u))
-        index = index.to(self.log_u.device, non_blocking=True)
-        keys, s, positive, negative = similarities(z1, z2)
+        if index.shape != z1.shape[:1]:
+            raise ValueError(f"index must be [{len(z1)}], one for each image, got {list(index.shape)}")
+        self._check(index)
+        keys, s, positive, is_negative = similarities(z1, z2)
+        count = len(keys) - 2                                                           # 2(B-1) negatives of each view
+        index = index.to(s.device, non_blocking=True)
         with torch.no_grad():
-            # log of exp(s/tau) / (2(B-1)), which sums up to g over the negatives
-            logits = (s / self.temperature).masked_fill(~negative, -math.inf) - math.log(len(keys) - 2)
-            log_g = logits.logsumexp(1).view(2, -1)                                     # [2, b]
+            logits = (s / self.temperature).masked_fill(~is_negative, -math.inf)        # [2b, 2B]
+            log_g = logits.logsumexp(1).view(2, -1) - math.log(count)                   # [2, b]
             log_u = self.log_u[index].to(s.dtype)                                       # [b], of earlier visits
             log_kept = log_u + (math.log1p(-self.gamma) if self.gamma < 1 else -math.inf)
             log_U = torch.logaddexp(log_kept, math.log(self.gamma) + log_g)             # [2, b]
-            log_U = torch.where(log_u > -math.inf, log_U, log_g)                        # gamma_i = 1 on the first visit
-            w = (logits - log_U.view(-1, 1)).exp()      # [2b, 2B], held fixed, with the 1/(2(B-1)) of the mean
-            self._visit(index, log_U)
-        self.keys = keys.detach()
-        return mean_over_ranks((w * s).sum(1).view(2, -1).sum(0) - 2 * positive)
+            log_U = torch.where(log_u == -math.inf, log_g, log_U)                       # gamma_i = 1 on the first visit
+            w = (logits - log_U.view(-1, 1)).exp()                                      # [2b, 2B]
+            self.keys, self.log_U = keys.detach(), all_gather(log_U.T)
+            self._update(all_gather(index))
+        return mean_over_ranks((w * s).sum(1).view(2, -1).sum(0) / count - 2 * positive)
 
-    def _visit(self, index, log_U):
-        """u_i <- (U_i^a + U_i^b) / 2 for the whole global batch. index: [b]; log_U: [2, b]."""
-        index, self.log_U = all_gather(index), all_gather(log_U.T)
-        _check_index(index, len(index), len(self.log_u))
-        self.log_u[index] = (self.log_U.logsumexp(1) - math.log(2)).to(self.log_u.dtype)
+    def _update(self, batch):
+        """u_i <- (U_i^a + U_i^b) / 2, on all ranks. batch: [B] the global batch's images, in the order of log_U."""
+        self._check(batch)      # on CPUs: an image may be on two ranks
+        self.log_u[batch] = (self.log_U.logsumexp(1) - math.log(2)).to(self.log_u.dtype)
         self.batches += 1
-        self.last_visit[index] = self.batches
+        self.last_visit[batch] = self.batches
+
+    def _check(self, index):
+        if index.device.type == "cpu":
+            ordered, last = index.sort().values, len(self.log_u) - 1
+            if ordered[0] < 0 or ordered[-1] > last:
+                raise ValueError(f"index must be in 0 to {last}, got {int(ordered[0])} to {int(ordered[-1])}")
+            if (ordered[1:] == ordered[:-1]).any():
+                raise ValueError("an image appears twice in the batch, but its u can take one value only")
 
 
 def gamma_at(epoch, gamma, decay_epochs):
@@ -148,18 +162,15 @@ def gamma_at(epoch, gamma, decay_epochs):
 class ContrastiveLoss(_Loss):
     """NT-Xent, the loss of SimCLR (Chen et al., ICML 2020, arXiv 2002.05709): `cl`, the baseline.
 
-    The cross-entropy of the positive among itself and the 2(B-1) negatives of `GlobalContrastiveLoss`, summed over the
-    two views and averaged over the images. Its `gcl()` has g of this batch in the place of U.
+    The cross-entropy of the positive among itself and the 2(B-1) negatives, summed over the two views and averaged over
+    the images; without the factor tau that GCL has. Its `gcl()` has g of this batch for U.
     """
-
-    def __init__(self, temperature=0.1):
-        super().__init__(temperature)
 
     def forward(self, z1, z2, index=None):
         """z1, z2: [b, D] not normalized; index is not needed. Returns and raises as `GlobalContrastiveLoss`."""
-        keys, s, positive, negative = similarities(z1, z2)
-        positive = positive / self.temperature
-        log_sum = (s / self.temperature).masked_fill(~negative, -math.inf).logsumexp(1).view(2, -1)    # of negatives
+        keys, s, positive, is_negative = similarities(z1, z2)
+        logits = (s / self.temperature).masked_fill(~is_negative, -math.inf)            # [2b, 2B]
+        log_sum, positive = logits.logsumexp(1).view(2, -1), positive / self.temperature
         self.keys, self.log_U = keys.detach(), all_gather(log_sum.detach().T - math.log(len(keys) - 2))
         return mean_over_ranks((torch.logaddexp(log_sum, positive) - positive).sum(0))
 
@@ -169,7 +180,7 @@ def alignment_and_uniformity(keys):
     """How close the two views of an image are, and how evenly the images are spread (Wang and Isola, arXiv 2005.10242).
 
     keys: [2B, D] unit rows, views a before views b (`criterion.keys`). Returns two 0-d tensors:
-    mean |z_i^a - z_i^b|^2, and log mean exp(-2 |z_i - z_j|^2) over pairs of different images in the same view.
+    mean |z_i^a - z_i^b|^2, and log mean exp(-2 |z_i - z_j|^2) over pairs of different images, averaged over the views.
     """
     Z1, Z2 = keys.chunk(2)
     B, uniformity = len(Z1), 0
@@ -177,14 +188,3 @@ def alignment_and_uniformity(keys):
         potential = (4 * (Z @ Z.T) - 4).fill_diagonal_(-math.inf)       # -2 |x - y|^2 of unit vectors
         uniformity = uniformity + (potential.flatten().logsumexp(0) - math.log(B * (B - 1))) / 2
     return (2 - 2 * (Z1 * Z2).sum(1)).mean(), uniformity
-
-
-def _check_index(index, length, num_samples):
-    if index.shape != (length,):
-        raise ValueError(f"index must be [{length}], one for each image, got {list(index.shape)}")
-    if index.device.type == "cpu":
-        ordered = index.sort().values
-        if ordered[0] < 0 or ordered[-1] >= num_samples:
-            raise ValueError(f"index must lie in 0 to {num_samples - 1}, got {int(ordered[0])} to {int(ordered[-1])}")
-        if (ordered[1:] == ordered[:-1]).any():
-            raise ValueError("an image appears twice in the batch; its estimator can take one value only")

@@ -14,7 +14,7 @@ import torch
 
 from sogclr import InputError, Stopped, checkpoint, report
 from sogclr.checkpoint import LAST, PREVIOUS
-from sogclr.distributed import barrier, broadcast_int, log, rank, require_same
+from sogclr.distributed import barrier, broadcast_int, log, rank
 from sogclr.launch import stop_requested
 
 
@@ -51,7 +51,10 @@ class Run:
             self.saved = checkpoint.load(resume, "--resume", keys)
         self.resume, self.source = path, f"--resume {path}"
         for name in ("epoch", "step"):
-            require_same(self.saved.get(name, 0), f"--resume: {name}; --save_dir must be one folder for all machines")
+            here, there = self.saved.get(name, 0), broadcast_int(self.saved.get(name, 0))
+            if here != there:
+                raise InputError(f"--resume: rank 0 has {name} {there}, but rank {rank()} has {here}; --save_dir must "
+                                 "be one folder for all machines")
 
         # Data order and augmentation do not use torch's generator; they are seeded with the same number.
         self.seed = args.seed if args.seed is not None else self.saved.get("seed", broadcast_int(secrets.randbits(32)))
@@ -86,18 +89,19 @@ class Run:
             + f" ({self.folder.parent} holds {others} with other settings)" * (others > 0))
         return "", {}
 
-    def restore(self, training, settings, parser, names):
-        """Put the checkpoint, if there is one, back into `training`, and tell `start_epoch` and `start_step`.
+    def restore(self, state, settings, parser, names):
+        """Take over what is to be saved; put the checkpoint, if there is one, back into it, and set `start_epoch` and
+        `start_step` after it.
 
-        training: an object with `state()`, a dict for the checkpoint; `restore(saved, source)`, which takes it back;
+        state: an object with `saved()`, a dict for the checkpoint; `restore(saved, source)`, which takes it back;
         and `check_finite(place)`, which raises InputError where it should not be saved. settings: of this run, kept in
         its checkpoints and records; names: those, of the parser's flags, which the checkpoint's must equal.
         """
-        self.training, self.settings = training, settings
+        self.state, self.settings = state, settings
         if self.saved:
             made_with = {"arch": self.saved["arch"], **self.saved.get("settings", {})}
             parser.require_same(made_with, {name: settings[name] for name in names}, self.source)
-            training.restore(self.saved, self.source)
+            state.restore(self.saved, self.source)
             checkpoint.require_same_images(made_with, settings, self.source)
             epoch, step = self.saved["epoch"], self.saved.get("step", 0)
             log(f"=> resumed {self.resume} after {epoch} epochs" + f" and {step} steps" * (step > 0))
@@ -131,16 +135,16 @@ class Run:
             if self.stop:
                 raise Stopped(f"after epoch {epoch}, step {step}")
 
-    def after_epoch(self, epoch, *names):
-        """Save, also under further names, and stop where a signal has asked for it. Raises Stopped."""
-        self._save(epoch + 1, 0, f"epoch {epoch}", *names)
+    def after_epoch(self, epoch, name=None):
+        """Save, also under a further name, and stop where a signal has asked for it. Raises Stopped."""
+        self._save(epoch + 1, 0, f"epoch {epoch}", *[name] * (name is not None))
         if self.stop and epoch + 1 < self.args.epochs:
             raise Stopped(f"after epoch {epoch}")
 
     def _save(self, epoch, step, place, *names):
-        self.training.check_finite(place)
+        self.state.check_finite(place)
         self.writer.save({"epoch": epoch, "step": step, "arch": self.args.arch, "seed": self.seed,
-                          "settings": self.settings, **self.training.state()}, *names)
+                          "settings": self.settings, **self.state.saved()}, *names)
 
 
 def _lock(path):

@@ -84,16 +84,14 @@ def test_encoder_is_found_in_everybodys_files(kind, wrapper, tmp_path):
 
 
 def test_other_architecture_is_refused():
-    """The error must name the file and what does not fit: the first three keys of each kind, and how many there are."""
+    """One line must name the file and what does not fit."""
     state = encoder_state({"state_dict": resnet("resnet18").state_dict()}, "file")
-    with pytest.raises(InputError, match=r"file: does not fit .*; tensors 198 missing: layer1\.0\.bn3\.bias, .*\.\.\.; "
-                                         r"\d+ of another shape: layer1\.0\.conv1\.weight is \[64, 64, 3, 3\], not"):
-        load_encoder(resnet("resnet50"), state, "file")
-    with pytest.raises(InputError, match=r"tensors 1 of another shape: conv1\.weight is \[64, 3, 7, 7\], "
-                                         r"not \[64, 3, 3, 3\]$"):
-        load_encoder(resnet("resnet18", "cifar"), state, "file")
-    with pytest.raises(InputError, match=r"tensors 1 unexpected: prototypes$"):
-        load_encoder(resnet("resnet18"), state | {"prototypes": torch.zeros(1)}, "file")
+    for model, other, message in (
+            (resnet("resnet50"), {}, r'Missing key.*"layer1\.0\.conv3\.weight"'),
+            (resnet("resnet18", "cifar"), {}, r"size mismatch for conv1\.weight: .*\[64, 3, 7, 7\]"),
+            (resnet("resnet18"), {"prototypes": torch.zeros(1)}, r'Unexpected key.*"prototypes"')):
+        with pytest.raises(InputError, match=f"^file: does not fit this encoder, give its --arch: .*{message}"):
+            load_encoder(model, state | other, "file")
     with pytest.raises(InputError, match=r"file: holds no ResNet .* but 0\.bias, 0\.weight$"):
         encoder_state({"state_dict": {"0.weight": torch.zeros(1), "0.bias": torch.zeros(1)}}, "file")
     with pytest.raises(InputError, match="but no tensors"):

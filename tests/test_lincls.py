@@ -136,7 +136,6 @@ def test_finetuning_on_two_ranks_saves_what_it_validated(imagenet, tmp_path):
     lines = run("lincls.py", *command, "--finetune", "--epochs", 2, launcher=TORCHRUN)
     evaluated = call(lincls, *command, "-e", "--resume", newest(tmp_path))
     assert evaluated[-1].split("Acc@1")[1] in next(line for line in lines if line.startswith(" * Epoch 1"))
-    assert not any("frozen encoder is unchanged" in line for line in lines)
 
 
 def test_knn_needs_no_training(linear):

@@ -255,8 +255,8 @@ def test_estimator_is_saved_and_restored_exactly():
 
 
 @pytest.mark.parametrize(("z1", "z2", "index", "message"), [
-    ((8, 5), (8, 5), [0, 1, 2, 3, 4, 5, 6, 20], "index must lie in 0 to 19"),
-    ((8, 5), (8, 5), [-1, 1, 2, 3, 4, 5, 6, 7], "index must lie in 0 to 19"),
+    ((8, 5), (8, 5), [0, 1, 2, 3, 4, 5, 6, 20], "index must be in 0 to 19"),
+    ((8, 5), (8, 5), [-1, 1, 2, 3, 4, 5, 6, 7], "index must be in 0 to 19"),
     ((8, 5), (8, 5), [0, 1, 2, 3, 4, 5, 6, 6], "appears twice"),
     ((8, 5), (8, 5), [0, 1, 2], r"index must be \[8\]"),
     ((8, 5), (7, 5), [0, 1, 2, 3, 4, 5, 6, 7], "alike"),

@@ -443,7 +443,6 @@ def test_linear_evaluation(pretrained, imagenet, tmp_path, monkeypatch, capsys):
     lines = run("lincls.py", *command, "--epochs", 3, "--save_dir", tmp_path / "a", cwd=tmp_path)
     scores = [line for line in lines if line.startswith(" * Epoch")]
     assert len(scores) == 3
-    assert any("unchanged (120 tensors" in line for line in lines)
     last = newest(tmp_path / "a")
     saved = torch.load(last, weights_only=True)
     frozen = torch.load(source, weights_only=True)["state_dict"]

@@ -52,7 +52,7 @@ def test_host_that_asks_is_noticed(fake_gpu):
 @pytest.mark.parametrize("loss_type", [GlobalContrastiveLoss, ContrastiveLoss])
 def test_loss(loss_type, temperature, fake_gpu, monkeypatch):
     """Neither the loss, with indices from the host, nor what is shown of it may ask for a value."""
-    monkeypatch.setattr("sogclr.loss._check_index", lambda *_: None)        # which reads them, there
+    monkeypatch.setattr(GlobalContrastiveLoss, "_check", lambda *_: None)       # which reads them, there
     criterion = loss_type(*[N] * (loss_type is GlobalContrastiveLoss), temperature).to("cuda")
     z1, z2 = torch.randn(2, B, D, requires_grad=True)
     for index in torch.arange(2 * B, device="cpu").chunk(2):
