@@ -166,8 +166,6 @@ class Evaluation:
             load_encoder(network, pretrained, run.source if run.saved else f"--pretrained {args.pretrained}")
         # The crops are channels_last already, and gradients should lie as their weights.
         network.to(memory_format=torch.channels_last if args.finetune else memory_format(device, dtype))
-        if args.finetune and device.type == "cuda" and world_size() > 1:
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.encoder = Encoder(network, Normalize(self.train_data.mean, self.train_data.std), dtype).to(device)
         self.encoder.requires_grad_(args.finetune).eval()   # frozen BatchNorm too: its statistics are the encoder's
 
@@ -178,11 +176,10 @@ class Evaluation:
             f"({args.arch}, {stem} stem, {precision}), on {report.device_names(device)}")
         log(f"=> {args.data_name}: {len(self.train_data.images)} training and {len(self.val_data.images)} validation "
             f"images of {image_size} pixels, {len(self.classes)} classes, seed {run.seed}"
-            + ("" if args.evaluate else f", run folder {run.folder}"))
+            + f", run folder {run.folder}" * (not args.evaluate))
         trained_at = (self.pretraining["encoder"] or {}).get("image_size", image_size)
         if trained_at != image_size:
-            log(f"=> note: the encoder was pretrained at {trained_at} pixels, "
-                f"--image-size {trained_at} evaluates it there")
+            log(f"=> note: the encoder was pretrained at {trained_at} pixels, --image-size {trained_at} takes that")
 
     @torch.inference_mode()
     def encode(self, images):
@@ -195,9 +192,7 @@ class Evaluation:
         return Loader(batches, self.args.batch_size, self.args.workers, self.device, **order)
 
     def write_results(self, path, **measured):
-        """The run's record for machines; `encoder` holds the settings of its pretraining where --pretrained names a
-        checkpoint of train.py, else None.
-        """
+        """The run's record for machines. `encoder`: the settings of its pretraining, if that was by train.py."""
         log(f"=> {path}" + ": replaces that of an earlier run" * path.exists())
         report.write_json(path, {
             "protocol": protocol(self.args), "pretrained": self.args.pretrained or None, **self.pretraining,
@@ -232,8 +227,8 @@ def evaluate_neighbors(evaluation):
     """The class of a validation image by its nearest training images."""
     file = evaluation.run.folder / "results.json"
     if file.exists():
-        checkpoint.require_same_images(json.loads(file.read_text())["settings"], evaluation.settings,
-                                       f"--save_dir: {file}")
+        before = json.loads(file.read_text())["settings"]
+        checkpoint.require_same_images(before, evaluation.settings, f"--save_dir: {file}")
     accuracies = evaluate_knn(evaluation.encode, evaluation.loader(evaluation.train_data),
                               evaluation.loader(evaluation.val_data), len(evaluation.classes))
     evaluation.write_results(file, knn_acc1=accuracies)
@@ -273,8 +268,7 @@ def train(evaluation):
     # What the model is given: images where the encoder learns too, else its features.
     model = nn.Sequential(encoder, classifiers) if args.finetune else classifiers
     batches, val_batches = make_batches(evaluation)
-    several = len(classifiers) > 1
-    results = run.folder / "results.json"
+    several, results = len(classifiers) > 1, run.folder / "results.json"
     recorded = run.start_epoch >= args.epochs and results.exists()
 
     net = data_parallel(model, device)
@@ -334,9 +328,7 @@ def train(evaluation):
 
 
 class TrainingState:
-    """All that training changes, as a checkpoint holds it: what `Run` saves, restores, and checks before a save. (The
-    encoder is restored before, where it is built.)
-    """
+    """All that training changes: what `Run` saves, restores (but for the encoder), and checks before a save."""
 
     def __init__(self, classifiers, encoder, optimizer, scaler, settings):
         self.classifiers, self.encoder, self.settings = classifiers, encoder, settings
@@ -359,10 +351,9 @@ class TrainingState:
         finite = [all(bool(parameter.isfinite().all()) for parameter in module.parameters())
                   for module in (*self.classifiers, *[self.encoder] * finetune)]
         if not (all(finite) if finetune else any(finite)):
-            rates = ", ".join(f"--{name.replace('_', '-')} {self.settings[name]}" for name in ("lr", "encoder_lr")
-                              if self.settings[name])
-            raise InputError(f"a weight is not finite in {place}: take a smaller learning rate than {rates}; the "
-                             "checkpoints are from before")
+            raise InputError(f"a weight is not finite in {place}: take a smaller learning rate than --lr "
+                             f"{self.settings['lr']}" + f", --encoder-lr {self.settings['encoder_lr']}" * finetune
+                             + "; the checkpoints are from before")
 
 
 def make_batches(evaluation):

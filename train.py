@@ -115,8 +115,6 @@ def main_worker(args, device):
     stem = choose_stem(args.stem, data.image_size)
     encoder = resnet(args.arch, stem, zero_init_residual=True)
     model = SimCLR(encoder, args.dim, args.mlp_dim, args.num_proj_layers).to(device, memory_format=layout)
-    if device.type == "cuda" and world_size() > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.loss_type == "dcl":
         criterion = GlobalContrastiveLoss(len(data.images), args.t, args.gamma).to(device)
     else:
@@ -200,7 +198,7 @@ def make_optimizer(args, model):
 
 
 class TrainingState:
-    """All that training changes, as a checkpoint holds it: what `Run` saves, restores, and checks before a save."""
+    """All that training changes: what `Run` saves, restores, and checks before a save."""
 
     def __init__(self, model, criterion, optimizer, scaler, guard):
         self.model, self.criterion, self.optimizer, self.scaler, self.guard = model, criterion, optimizer, scaler, guard

@@ -43,7 +43,7 @@ class Classifiers(nn.ModuleList):
         return self.scores[self.chosen]
 
     def record(self, accuracies, epoch=None):
-        """Note a validation, [(Acc@1, Acc@5)] of each in percent; where it is an epoch's, also whether it is the best."""
+        """Note a validation, [(Acc@1, Acc@5)] of each in percent; of an epoch, also whether it is the best so far."""
         for score, (acc1, acc5) in zip(self.scores, accuracies, strict=True):
             score.update(acc1=acc1, acc5=acc5)
             if epoch is not None and (acc1, epoch) > (score["best_acc1"], score["best_epoch"]):

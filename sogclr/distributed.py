@@ -60,13 +60,16 @@ def join(url, rank, world_size, backend, device):
 
 def data_parallel(model, device):
     """The model itself in a single process, else in DistributedDataParallel, which may take it for granted
-    (`static_graph`) that every step uses every parameter, as often as the first step did.
+    (`static_graph`) that every step uses every parameter, as often as the first step did. On GPUs its BatchNorm becomes
+    that of the global batch, in place.
 
     Buffers are not synchronized at each forward: SyncBatchNorm keeps its statistics equal on GPUs, and on CPUs, where
     BatchNorm is each rank's own, rank 0's are saved.
     """
     if world_size() == 1:
         return model
+    if device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # torch 2.15 deprecates the one name, earlier releases do not know the other
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
