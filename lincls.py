@@ -164,7 +164,7 @@ class Evaluation:
         self.classifiers = Classifiers(num_features, len(self.classes), pairs).to(device)
         if pretrained:
             load_encoder(network, pretrained, run.source if run.saved else f"--pretrained {args.pretrained}")
-        # The crops are channels_last already, and gradients should lie as their weights.
+        # The crops are channels_last already, and gradients want the layout of their weights.
         network.to(memory_format=torch.channels_last if args.finetune else memory_format(device, dtype))
         self.encoder = Encoder(network, Normalize(self.train_data.mean, self.train_data.std), dtype).to(device)
         self.encoder.requires_grad_(args.finetune).eval()   # frozen BatchNorm too: its statistics are the encoder's

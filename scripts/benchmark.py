@@ -11,8 +11,8 @@
 
 The first three take train.py's --arch, --image-size, --batch-size, --precision, --stem and --workers; by default they
 measure ResNet-50 at 224 pixels in batches of 256 on a GPU, ResNet-18 at 64 pixels in batches of 64 on the CPU.
-Each figure is the median over repeats in which the contestants take turns, since machines are noisy. Runs on the GPU if
-there is one, else on the CPU.
+Each figure is the median over repeats in which the variants are interleaved, since machines are noisy. Runs on the
+GPU if there is one, else on the CPU.
 """
 
 import dataclasses
@@ -54,11 +54,11 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def turns(contestants, repeats, calls=1):
-    """{name: function}, taking turns -> {name: [ms of a call in each repeat]}. `calls`: in a row, a turn."""
-    times = {name: [] for name in contestants}
+def interleaved(variants, repeats, calls=1):
+    """{name: function} -> {name: [ms of a call in each repeat]}. `calls`: in a row."""
+    times = {name: [] for name in variants}
     for repeat in range(repeats + 2):       # two to warm up
-        for name, function in contestants.items():
+        for name, function in variants.items():
             synchronize()
             start = time.perf_counter()
             for _ in range(calls):
@@ -69,13 +69,13 @@ def turns(contestants, repeats, calls=1):
     return times
 
 
-def milliseconds(contestants, repeats):
-    """The median time of each function in a dict, taking turns."""
-    return {name: statistics.median(times) for name, times in turns(contestants, repeats).items()}
+def milliseconds(variants, repeats):
+    """The median time of each function in a dict."""
+    return {name: statistics.median(times) for name, times in interleaved(variants, repeats).items()}
 
 
 def median_ratio(times, others):
-    """Of two contestants' times: the median of each turn's ratio, which a slow spell of the machine does not move."""
+    """Of two variants' times: the median of each repeat's ratio, which a slow spell of the machine does not move."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
@@ -242,7 +242,7 @@ def benchmark_step(args):
         return Training(args, ImageSet(None, args.image_size, *IMAGENET_MEAN_STD))
 
     ours = training()
-    contestants = {"floor: encoder alone": ours.floor, "full step": ours.full_step,
+    variants = {"floor: encoder alone": ours.floor, "full step": ours.full_step,
                    "of which augment": ours.augment_alone, "of which loss": ours.loss_alone,
                    "of which LARS": ours.optimizer.step}
     if args.cuda_graph:
@@ -250,20 +250,20 @@ def benchmark_step(args):
             raise InputError("--cuda-graph: needs a GPU, and --precision bf16 or fp32")
         graphed = training()
         graphed.index = graphed.index.to(DEVICE)        # a graph can neither take it from the host nor check it there
-        contestants["full step as a CUDA graph"] = captured(graphed.full_step)
+        variants["full step as a CUDA graph"] = captured(graphed.full_step)
     if args.compile:
         compiled = training()
         compiled.model = torch.compile(compiled.model)
-        contestants["full step, encoder compiled"] = compiled.full_step
+        variants["full step, encoder compiled"] = compiled.full_step
     calls = 10 if DEVICE.type == "cuda" else 1      # training keeps a GPU's queue full
-    times = turns(contestants, args.repeats, calls)
+    times = interleaved(variants, args.repeats, calls)
     floor, rows = next(iter(times.values())), []
     for name, values in times.items():
         ms, whole = statistics.median(values), not name.startswith("of which")      # a part alone trains nothing
         rows.append({"what": name, "ms": ms, "% of floor": 100 * median_ratio(values, floor),
                      "pairs/s": 1000 * args.batch_size / ms if whole else None, "peak MiB": None})
         if DEVICE.type == "cuda":
-            rows[-1] |= on_the_gpu(contestants[name])
+            rows[-1] |= on_the_gpu(variants[name])
     for row, function in zip(rows[:2], (ours.floor, ours.full_step), strict=True):
         row["peak MiB"] = peak_bytes(lambda function=function: (function(), ours.optimizer.zero_grad())) / 2**20
     describe(args, ours)
@@ -275,7 +275,7 @@ def benchmark_step(args):
 def benchmark_train(args):
     """End to end from image files: what remains of the encoder's own speed, and the gain over the plain recipe."""
     data = open_images(args, args.image_size)
-    steps = min(len(data.images) // args.batch_size, 100 if DEVICE.type == "cuda" else 10)     # a turn
+    steps = min(len(data.images) // args.batch_size, 100 if DEVICE.type == "cuda" else 10)     # in a repeat
     if steps < 2:
         raise InputError(f"--data {args.data}: holds {len(data.images)} images, 2 batches of --batch-size "
                          f"{args.batch_size} are needed at least")
@@ -288,22 +288,22 @@ def benchmark_train(args):
         TwoViewBatches(data, 0, 0.08, Augment.num_uniforms, "skip", pil_recipe(data, 0.08)),
         batch_sampler=EpochSampler(len(data.images), args.batch_size, shuffle=True, drop_last=True),
         collate_fn=as_made, num_workers=workers, pin_memory=DEVICE.type == "cuda", persistent_workers=workers > 0)
-    contestants = {     # the step, and a turn's batches
-        "floor: encoder alone": (training.floor, lambda turn: itertools.repeat((), steps)),
-        "full step": (training.full_step, lambda turn: itertools.repeat((), steps)),
+    variants = {     # the step, and a repeat's batches
+        "floor: encoder alone": (training.floor, lambda repeat: itertools.repeat((), steps)),
+        "full step": (training.full_step, lambda repeat: itertools.repeat((), steps)),
         "full step and loader": (training.step, loader.epoch),
-        "plain recipe and loader": (plain.step, lambda turn: (batch.content for batch in plain_loader))}
-    times = {name: [] for name in contestants}
-    for turn in range(max(args.repeats // 6, 1) + 1):       # one to warm up
-        for name, (step, epoch) in contestants.items():
-            batches = iter(epoch(turn))
+        "plain recipe and loader": (plain.step, lambda repeat: (batch.content for batch in plain_loader))}
+    times = {name: [] for name in variants}
+    for repeat in range(max(args.repeats // 6, 1) + 1):       # one to warm up
+        for name, (step, epoch) in variants.items():
+            batches = iter(epoch(repeat))
             step(*next(batches))        # when the workers' first batches are there
             synchronize()
             start = time.perf_counter()
             for batch in batches:
                 step(*batch)
             synchronize()
-            if turn:
+            if repeat:
                 times[name].append(1000 * (time.perf_counter() - start) / (steps - 1))
     floor, *_, slowest = times.values()
     rows = []
@@ -313,7 +313,7 @@ def benchmark_train(args):
                      "% of floor's speed": 100 * median_ratio(floor, values),
                      "times the plain recipe": median_ratio(slowest, values)})
     describe(args, training)
-    print(f"turns of {steps} steps, the first of each not counted; {workers} workers")
+    print(f"repeats of {steps} steps, the first of each not counted; {workers} workers")
     extrapolate(args, rows[2]["pairs/s"])
     return rows
 
@@ -351,7 +351,7 @@ def benchmark_lincls(args):
     def plain():
         return encoders["plain"](normalize(contiguous))
 
-    times = turns({"ours": ours, "plain": plain}, args.repeats, 10 if DEVICE.type == "cuda" else 1)
+    times = interleaved({"ours": ours, "plain": plain}, args.repeats, 10 if DEVICE.type == "cuda" else 1)
     ms = {name: statistics.median(values) for name, values in times.items()}
     print(f"features of {args.arch} at {args.image_size} pixels, batch {args.batch_size}: {precision} under inference "
           "mode, against fp32, contiguous, under no_grad")
@@ -401,10 +401,10 @@ def benchmark_loss(args):
             z1.grad = z2.grad = None
 
         losses = {"ours": GlobalContrastiveLoss(N).to(DEVICE), "direct": DirectTranscription(N)}
-        contestants = {name: lambda criterion=criterion: step(criterion) for name, criterion in losses.items()}
-        ms = milliseconds(contestants, args.repeats if B <= 1024 else max(args.repeats // 6, 1))
+        variants = {name: lambda criterion=criterion: step(criterion) for name, criterion in losses.items()}
+        ms = milliseconds(variants, args.repeats if B <= 1024 else max(args.repeats // 6, 1))
         matrix = B * 2 * B * 4      # one [B, 2B] float32 matrix
-        memory = {name: peak_bytes(function) / matrix for name, function in contestants.items()}
+        memory = {name: peak_bytes(function) / matrix for name, function in variants.items()}
         rows.append({"B": B, "direct ms": ms["direct"], "ours ms": ms["ours"], "ratio": ms["direct"] / ms["ours"],
                      "direct [B, 2B]": memory["direct"], "ours [B, 2B]": memory["ours"]})
     print("forward and backward; peak extra memory in [B, 2B] float32 matrices")
@@ -442,14 +442,14 @@ class OneByOne(torch.optim.Optimizer):
 
 def benchmark_lars(args):
     """One step on ResNet-50's parameters."""
-    contestants, memory = {}, {}
+    variants, memory = {}, {}
     for name, kind in (("direct", OneByOne), ("ours", LARS)):
         model = torchvision.models.resnet50().to(DEVICE)
         for p in model.parameters():
             p.grad = torch.randn_like(p)
-        contestants[name] = kind(model.parameters(), lr=1e-3, weight_decay=1e-6).step
-        memory[name] = peak_bytes(contestants[name]) / 2**20
-    ms = milliseconds(contestants, args.repeats)
+        variants[name] = kind(model.parameters(), lr=1e-3, weight_decay=1e-6).step
+        memory[name] = peak_bytes(variants[name]) / 2**20
+    ms = milliseconds(variants, args.repeats)
     print("one step on ResNet-50 (25.6 M parameters); peak extra memory in MiB")
     return [{"direct ms": ms["direct"], "ours ms": ms["ours"], "ratio": ms["direct"] / ms["ours"],
              "direct MiB": memory["direct"], "ours MiB": memory["ours"]}]
@@ -506,7 +506,7 @@ def as_made(batch):
 
 
 def benchmark_data(args):
-    """The PIL recipe in the workers, against two uint8 crops there and the colour on the device."""
+    """The PIL recipe in the workers, against two uint8 crops there and the color on the device."""
     data = open_images(args, 224)
     size, batch_size = data.image_size, min(16, len(data.images) // 4)
     if not batch_size:
@@ -519,20 +519,20 @@ def benchmark_data(args):
             TwoViewBatches(data, 0, 0.08, Augment.num_uniforms, "skip", recipe), batch_sampler=sampler,
             collate_fn=as_made, num_workers=workers, worker_init_fn=pin_to_a_core, persistent_workers=True)
     rates = {name: [] for name in loaders}
-    for turn in range(max(args.repeats // 6, 1) + 1):       # one to warm up
+    for repeat in range(max(args.repeats // 6, 1) + 1):       # one to warm up
         for name, loader in loaders.items():
             batches = iter(loader)
             next(batches)
             start = time.perf_counter()
             pairs = sum(len(batch.content[2]) for batch in batches)     # all but the first
-            if turn:
+            if repeat:
                 rates[name].append(pairs / (time.perf_counter() - start))
     figures = {name: statistics.median(values) for name, values in rates.items()}
     stage = Augment(data.mean, data.std, data.blur).to(DEVICE)
     crops = torch.randint(0, 256, (64, 3, size, size), dtype=torch.uint8, device=DEVICE)
     view = crops, torch.rand(64, Augment.num_uniforms, device=DEVICE)
     ms = milliseconds({"device": lambda: (stage(view), stage(view))}, max(args.repeats // 6, 1))["device"]
-    print(f"image pairs/s at {size} pixels: workers by recipe and number, and the colour on the device apart")
+    print(f"image pairs/s at {size} pixels: workers by recipe and number, and the color on the device apart")
     return [figures | {"ours_1 / pil_1": figures["ours_1"] / figures["pil_1"],
                        "ours_2 / ours_1": figures["ours_2"] / figures["ours_1"], "device": 64 / ms * 1000}]
 

@@ -40,8 +40,8 @@ def projection_head(num_layers, input_dim, hidden_dim, output_dim):
 
 
 def memory_format(device, dtype):
-    """How weights and images should lie for training in this arithmetic: channels_last on a GPU, and for bf16 on a CPU,
-    which trains small batches faster the other way in float32.
+    """The memory format of weights and images for training in this arithmetic: channels_last on a GPU, and for bf16 on
+    a CPU, which trains small batches faster the other way in float32.
     """
     return torch.contiguous_format if device.type == "cpu" and dtype == torch.float32 else torch.channels_last
 

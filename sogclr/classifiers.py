@@ -53,11 +53,11 @@ class Classifiers(nn.ModuleList):
         """What a checkpoint holds of them apart from the chosen one's tensors in its `state_dict`: that one's
         accuracies and, where there are several, the tensors and accuracies of all.
         """
-        whole = {key: self.best[key] for key in ("acc1", "acc5", "best_acc1", "best_epoch")}
+        saved = {key: self.best[key] for key in ("acc1", "acc5", "best_acc1", "best_epoch")}
         if len(self) > 1:
-            whole["classifiers"] = [score | classifier.state_dict()
+            saved["classifiers"] = [score | classifier.state_dict()
                                     for score, classifier in zip(self.scores, self, strict=True)]
-        return whole
+        return saved
 
     def restore(self, saved, source):
         """Take them out of a checkpoint. Raises InputError, which begins with the `source`, the flag and file, where it

@@ -92,7 +92,7 @@ def _cifar(name, folder, split):
     problem = "the download did not complete"
     if local_rank() == 0:
         try:
-            kind(folder, download=True)     # does nothing where the files are there and whole
+            kind(folder, download=True)     # does nothing where the files are there and intact
         except (OSError, RuntimeError) as error:
             problem = error
     barrier()

@@ -140,13 +140,13 @@ def gather(tensor):
     if world_size() == 1:
         return tensor
     sizes = all_gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
-    whole = tensor.new_empty((sum(sizes), *tensor.shape[1:]))
-    for source, part in enumerate(whole.split(sizes)):
+    gathered = tensor.new_empty((sum(sizes), *tensor.shape[1:]))
+    for source, part in enumerate(gathered.split(sizes)):
         if source == rank():
             part.copy_(tensor)
         if len(part):
             dist.broadcast(part, src=source)
-    return whole
+    return gathered
 
 
 def all_reduce_sum(tensor):

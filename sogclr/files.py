@@ -71,7 +71,7 @@ class ImageFiles:
                 image = Image.open(file)
                 image.load()
                 if image.mode == "P" and "transparency" in image.info:
-                    image = image.convert("RGBA")       # the same colours; Pillow warns about the direct way
+                    image = image.convert("RGBA")       # the same colors; Pillow warns about the direct way
                 return image if image.mode == "RGB" else image.convert("RGB"), int(self.targets[i])
         except Exception as error:      # a damaged file can make a decoder raise anything
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)

@@ -154,7 +154,7 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay, lr_help, m
     run.add_argument("--save_dir", default="./saved_models/", metavar="DIR",
                      help="each run gets a folder in it, named after its settings")
     run.add_argument("--resume", default="", metavar="PATH",
-                     help="checkpoint to continue from; 'auto' is this run's own newest whole one, if there is one")
+                     help="checkpoint to continue from; 'auto' is this run's own newest intact one, if there is one")
     run.add_argument("--save-minutes", default=30.0, type=number(float, "[0, inf)"), metavar="MINUTES",
                      help="write checkpoint_last also inside an epoch, when the last save is so long ago; 0 is never")
     run.add_argument("-p", "--print-freq", default=10, type=number(int, "[1, inf)"), metavar="N",

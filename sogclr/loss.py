@@ -46,10 +46,11 @@ def similarities(z1, z2):
     if B < 2:
         raise ValueError("the batch must hold at least 2 images: one alone has no negatives")
     with torch.autocast(z1.device.type, enabled=False):
-        z1, z2 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1) for z in (z1, z2))
+        z = F.normalize(torch.cat([z1, z2]).to(torch.promote_types(z1.dtype, torch.float32)), dim=1)    # [2b, D]
+        z1, z2 = z.chunk(2)
         keys = gather_with_gradient(torch.stack([z1, z2], dim=1))               # [B, 2, D]
         keys = keys.transpose(0, 1).flatten(0, 1)                               # [2B, D]
-        s = torch.cat([z1, z2]) @ keys.T
+        s = z @ keys.T
     image = torch.arange(B, device=s.device).expand(2, B)                       # of each key
     own = image[:, rank() * b:(rank() + 1) * b]                                 # of each view of this rank
     return keys, s, (z1 * z2).sum(1), own.reshape(-1, 1) != image.flatten()
@@ -80,9 +81,8 @@ class GlobalContrastiveLoss(_Loss):
 
     num_samples: N, the size of the data set; temperature: tau > 0; gamma: in (0, 1], weight of the new value in `u`.
 
-    The moving averages are the buffer `log_u` ([N] float32, -inf before the first visit); it moves with `.to(device)`
-    and is part of `state_dict()`. So are `batches`, the number of batches so far, and `last_visit` ([N] int32): that
-    number when an image was last in a batch, -1 where it never was or that is not known.
+    The moving averages are the buffer `log_u` ([N] float32, -inf before the first visit). Two more are `batches`, the
+    number of batches so far, and `last_visit` ([N] int32), that number when an image was last seen, -1 if not known.
     """
 
     def __init__(self, num_samples, temperature=0.1, gamma=0.9):

@@ -108,8 +108,8 @@ def git_state(folder):
 
 
 def write_json(path, content):
-    """Write a dict as JSON, on rank 0, whole or not at all; nan and infinity become null. A failure is only reported: a
-    run does not end for it.
+    """Write a dict as JSON, on rank 0, all of it or nothing; nan and infinity become null. A failure is only reported:
+    a run does not end for it.
     """
     if rank() == 0:
         part = path.with_name(path.name + ".part")
@@ -132,7 +132,7 @@ def _finite(value):
 def add_embedding(folder, encode, loader, classes, step):
     """Features for TensorBoard's projector, each with its class and a thumbnail. To be called on all ranks.
 
-    folder: of the run; encode: uint8 [b, 3, H, W] -> [b, C]; loader: a `Loader` of the labelled images to show;
+    folder: of the run; encode: uint8 [b, 3, H, W] -> [b, C]; loader: a `Loader` of the labeled images to show;
     classes: their names; step: of the run; nothing is done where its folder has an embedding of this step already.
     """
     parts = [(encode(images), labels.to(loader.device), _thumbnails(images)) for images, labels in loader.epoch(0)]

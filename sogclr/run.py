@@ -83,7 +83,7 @@ class Run:
                 log(f"=> skipped {error}")
         if kept:
             raise InputError(f"--resume auto: no checkpoint in {self.folder} can be read, "
-                             "move the folder away to start anew")
+                             "move the folder away to start again")
         others = sum(path.parent != self.folder for path in self.folder.parent.glob(f"*/{LAST}"))
         log("=> --resume auto: no run with these settings yet, a new one begins"
             + f" ({self.folder.parent} holds {others} with other settings)" * (others > 0))
@@ -122,7 +122,7 @@ class Run:
         return self.stack.__exit__(*error)
 
     def events(self, start, name="."):
-        """A TensorBoard log in the run's folder, or that called `name` in it, which begins anew at `start`."""
+        """A TensorBoard log in the run's folder, or that called `name` in it, from `start` on."""
         return self.stack.enter_context(report.Events(self.folder / name if self.write else None, start or None))
 
     def after_step(self, epoch, step, steps):

@@ -1,7 +1,7 @@
 """The embedded data set: images that the program draws itself, for a first run without any download.
 
 The class of an image is its figure (disc, triangle, square, cross, ring) and the figure's texture (plain, striped).
-Colours, place, size, rotation and background are drawn at random and tell nothing about it, so that what survives the
+Colors, place, size, rotation and background are random and tell nothing about it, so that what survives the
 augmentations is what tells the class.
 """
 
@@ -54,17 +54,17 @@ def draw(labels, rng):
     pixel = 2 / SIZE / radius
     inside = np.clip(0.5 - distance / pixel, 0, 1)[..., None]
 
-    # Two colours of the figure and two of the background, any hue, well apart in brightness.
-    colours = uniform(0, 1, 4, 3)
+    # Two colors of the figure and two of the background, any hue, well apart in brightness.
+    colors = uniform(0, 1, 4, 3)
     light = uniform(0, 0.35, 4, 1)
     figure_is_light = rng.random((n, 1, 1)) < 0.5
     bright = np.concatenate([np.repeat(figure_is_light, 2, 1), np.repeat(~figure_is_light, 2, 1)], axis=1)
-    colours = np.where(bright, 1 - 0.45 * colours, 0.45 * colours) * (1 - 0.3 * light)
+    colors = np.where(bright, 1 - 0.45 * colors, 0.45 * colors) * (1 - 0.3 * light)
 
     stripes = np.where(texture[:, None, None] == 1, _stripes(u, v, uniform(0, np.pi, 1, 1), uniform(7, 9, 1, 1)), 0)
-    front = _mix(colours[:, 0], colours[:, 1] * 0.3 + 0.7 * (1 - colours[:, 0]), stripes)
+    front = _mix(colors[:, 0], colors[:, 1] * 0.3 + 0.7 * (1 - colors[:, 0]), stripes)
     slope = _stripes(x, y, uniform(0, 2 * np.pi, 1, 1), uniform(0.5, 2.5, 1, 1), uniform(0, 2 * np.pi, 1, 1))
-    back = _mix(colours[:, 2], colours[:, 3], slope)
+    back = _mix(colors[:, 2], colors[:, 3], slope)
     image = inside * front + (1 - inside) * back + rng.normal(0, 0.03, (n, SIZE, SIZE, 3))
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
@@ -84,6 +84,6 @@ def _stripes(u, v, angle, frequency, phase=0.0):
     return 0.5 + 0.5 * np.sin(frequency * (np.cos(angle) * u + np.sin(angle) * v) * 1.5 + phase)
 
 
-def _mix(a, b, share):
-    """Colours a and b [N, 3] by share [N, SIZE, SIZE] -> [N, SIZE, SIZE, 3]."""
-    return a[:, None, None] + (b - a)[:, None, None] * share[..., None]
+def _mix(a, b, fraction):
+    """Colors a and b [N, 3] by fraction [N, SIZE, SIZE] -> [N, SIZE, SIZE, 3]."""
+    return a[:, None, None] + (b - a)[:, None, None] * fraction[..., None]

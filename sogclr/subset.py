@@ -6,7 +6,7 @@ import numpy as np
 
 from sogclr import InputError
 
-_SUBSET = 2     # what the random numbers are for, beside the loader's purposes 0 and 1
+_SUBSET = 2     # what the random numbers are for, as well as the loader's purposes 0 and 1
 
 
 def balanced_indices(targets, percent, seed):
@@ -23,9 +23,9 @@ def balanced_indices(targets, percent, seed):
     by_class = shuffled[np.argsort(targets[shuffled], kind="stable")]           # each class in random order
     classes, sizes = np.unique(targets, return_counts=True)
     rounds = np.concatenate([np.arange(size) for size in sizes])                # [N] the place within its class
-    turns = np.repeat(rng.permutation(len(classes)), sizes)                     # [N] the class's turn in a round
+    places = np.repeat(rng.permutation(len(classes)), sizes)                     # [N] the class's place in a round
     n = max(round(len(targets) * percent / 100), len(classes))
-    return np.sort(by_class[np.lexsort((turns, rounds))[:n]])
+    return np.sort(by_class[np.lexsort((places, rounds))[:n]])
 
 
 class Subset:

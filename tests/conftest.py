@@ -16,7 +16,7 @@ CLASSES = ("n01440764", "n01443537", "n01484850")
 
 
 def write_image(path, seed, size=(48, 40)):
-    """A JPEG of smooth random colours."""
+    """A JPEG of smooth random colors."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     path.parent.mkdir(parents=True, exist_ok=True)
