@@ -311,7 +311,6 @@ def train(evaluation):
             for curve, score, (average, top1), lr in zip(curves, classifiers.scores, meters, lrs, strict=False):
                 curve.scalars({"val/Acc@1": score["acc1"], "val/Acc@5": score["acc5"], "train/Acc@1": top1.average,
                                "train/loss": average.average, "train/learning rate": lr}, epoch)
-                curve.write("flush")
             run.after_epoch(epoch, "model_best.pth.tar" if best["best_epoch"] == epoch else None)
         if not recorded:
             for curve, score in zip(curves, classifiers.scores, strict=True):

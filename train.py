@@ -135,16 +135,16 @@ def main_worker(args, device):
         return
     describe(run, data, model, len(loader), peak_lr, device)
     record = {"command": sys.argv, "settings": settings, **report.environment_info(device)}
-    steps, epochs, print_freq, knn_acc1 = len(loader), args.epochs, args.print_freq, {}
+    steps, print_freq, knn_acc1 = len(loader), args.print_freq, {}
     if args.dry_run:
-        loader, epochs, print_freq, knn = FirstBatches(loader), 1, 1, None      # knn was only to be checked
+        loader, print_freq = FirstBatches(loader), 1
     else:
         report.write_json(run.folder / "settings.json", record)
 
     net = data_parallel(model, device)
     with run:       # writes its checkpoints in the background, until its end
         events = run.events(run.start_epoch * steps + run.start_step)
-        for epoch in range(run.start_epoch, epochs):
+        for epoch in range(run.start_epoch, args.epochs):
             net.train()
             if args.loss_type == "dcl" and args.gamma_schedule == "cosine":
                 criterion.gamma = gamma_at(epoch, args.gamma, settings["gamma_decay_epochs"])
@@ -173,6 +173,8 @@ def main_worker(args, device):
                 if (epoch, step) == (run.start_epoch, run.start_step):
                     events.write("add_image", "views", side_by_side(augment, images1, images2), epoch * steps + step)
                 run.after_step(epoch, step, steps)      # saves where it is time; where a signal came, saves and stops
+            if args.dry_run:
+                break
 
             log(progress.summary(losses, gcl))
             run.after_epoch(epoch, f"checkpoint_{epoch:04d}.pth.tar" if checkpoint_is_kept(args, epoch) else None)

@@ -26,7 +26,7 @@ from sogclr.flags import Parser, output_file
 from train import PARSER, RESUME_FLAGS
 
 MINUTES = "minutes"
-LOSSES = {"cl": ("SimCLR", (200, 80, 40)), "dcl": ("SogCLR", (40, 90, 180))}        # name and colour
+LOSSES = {"cl": ("SimCLR", (200, 80, 40)), "dcl": ("SogCLR", (40, 90, 180))}        # name and color
 DIFFERENCE = "SogCLR - SimCLR"
 
 
@@ -152,20 +152,20 @@ def plot(table, protocol, file, width=640, height=400):
 
     for acc1 in range(low, high + 1, max((high - low) // 8, 1)):
         y = place(batches[0], acc1)[1]
-        draw.line((left - 15, y, right + 15, y), "lightgrey")
+        draw.line((left - 15, y, right + 15, y), "lightgray")
         draw.text((left - 22, y), str(acc1), "black", font, "rm")
     for batch in batches:
         draw.text((place(batch, low)[0], bottom + 8), str(batch), "black", font, "mt")
     draw.text(((left + right) / 2, height - 12), "batch size", "black", font, "mb")
     draw.text((left - 15, 12), f"Acc@1, {protocol}", "black", font, "lt")
     for k, (loss, line) in enumerate(lines.items()):
-        name, colour = LOSSES[loss]
-        draw.text((right, 12 + 18 * k), name, colour, font, "rt")
-        draw.line([place(batch, mean) for batch, (mean, _) in line.items()], colour, 2)
+        name, color = LOSSES[loss]
+        draw.text((right, 12 + 18 * k), name, color, font, "rt")
+        draw.line([place(batch, mean) for batch, (mean, _) in line.items()], color, 2)
         for batch, (mean, deviation) in line.items():
             (x, y), (_, reach) = place(batch, mean), place(batch, mean + deviation)
-            draw.line((x, reach, x, 2 * y - reach), colour, 2)
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+            draw.line((x, reach, x, 2 * y - reach), color, 2)
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), color)
     picture.save(file, "PNG")
 
 

@@ -30,7 +30,7 @@ class Normalize(nn.Module):
         return (images.float() / 255 - self.mean) / self.std
 
     def undo(self, images):
-        """Normalised images [B, 3, H, W] -> float32 in [0, 1], to look at."""
+        """Normalized images [B, 3, H, W] -> float32 in [0, 1], to look at."""
         return (images.float() * self.std + self.mean).clamp(0, 1)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from sogclr import InputError
+from sogclr.checkpoint import remove_ddp_prefix
 
 
 class Classifiers(nn.ModuleList):
@@ -63,7 +64,8 @@ class Classifiers(nn.ModuleList):
         """Take them out of a checkpoint. Raises InputError, which begins with the `source`, the flag and file, where it
         has other classifiers than these.
         """
-        head = {name: saved["state_dict"].get(f"module.fc.{name}", torch.empty(0, 0)) for name in ("weight", "bias")}
+        state = remove_ddp_prefix(saved["state_dict"])
+        head = {name: state.get(f"fc.{name}", torch.empty(0, 0)) for name in ("weight", "bias")}
         rows = saved.get("classifiers", [{key: value for key, value in saved.items() if key in self.scores[0]} | head])
         if len(rows) != len(self):
             raise InputError(f"{source}: has {len(rows)} classifiers, but --lr and --wd ask for {len(self)}")

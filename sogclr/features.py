@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from sogclr import InputError
+from sogclr import InputError, one_line
 from sogclr.distributed import gather, world_size
 from sogclr.loader import EpochSampler
 
@@ -67,11 +67,16 @@ class CachedFeatures:
     """Batches (features float32 [b, C], labels [b]) of a loader's images, which are encoded only once.
 
     encode, loader: as for `extract`; order: `EpochSampler`'s seed, shuffle, drop_last, for the batches.
-    Every rank holds all features on its device, in half precision. Raises InputError where one does not fit that.
+    Every rank holds all features on its device, in half precision. Raises InputError where one does not fit that, or
+    all do not fit a GPU.
     """
 
     def __init__(self, encode, loader, **order):
-        self.features, self.labels = extract(encode, loader, torch.float16, on_all_ranks=True)
+        try:
+            self.features, self.labels = extract(encode, loader, torch.float16, on_all_ranks=True)
+        except torch.OutOfMemoryError as error:
+            raise InputError("--features cached: the GPU's memory does not hold the features of all images, leave the "
+                             f"flag out ({one_line(error)})") from error
         self.num_images = len(self.labels)
         self.sampler = EpochSampler(self.num_images, loader.sampler.batch_size, **order)
         if not torch.stack(self.features.aminmax()).isfinite().all():

@@ -13,13 +13,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sogclr import InputError, Stopped, distributed
+from sogclr import InputError, Stopped, distributed, one_line
 from sogclr.distributed import local_rank, log, ranks_here, world_size
 from sogclr.flags import refuse
 
 STOPPED = 75            # exit code after `Stopped` (EX_TEMPFAIL: try again)
 GRACE_SECONDS = 10      # for the other ranks of this machine to end by themselves when one has failed
 AGAIN_SECONDS = 2       # until another signal is a second one: launchers send one to a group and to each process
+# What a collective's error says, over gloo or NCCL, where another rank does not answer.
+LOST = "by peer", "closed", "broken pipe", "timed out", "timeout", "remote process"
 
 
 def launch(main_worker, args):
@@ -34,7 +36,7 @@ def launch(main_worker, args):
     a process has died.
     """
     try:
-        _check(args)
+        _check_flags(args)
         if dist.is_torchelastic_launched():
             _start(main_worker, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://")
         elif args.multiprocessing_distributed or (gpu_count() > 1 and args.gpu is None and args.world_size <= 1):
@@ -49,11 +51,11 @@ def launch(main_worker, args):
         sys.exit(130)
 
 
-def _check(args):
+def _check_flags(args):
     """Raise InputError where flags contradict each other, the environment or this machine."""
     gpus, torchrun = gpu_count(), dist.is_torchelastic_launched()
     several = args.multiprocessing_distributed or args.world_size > 1 or args.rank > 0
-    told = int(os.environ.get("WORLD_SIZE", args.world_size))
+    told = os.environ.get("WORLD_SIZE") or str(args.world_size)
     refuse(
         (args.gpu is not None and args.gpu >= gpus,
          f"--gpu {args.gpu}: this machine shows {gpus} GPU{'' if gpus == 1 else 's'}, "
@@ -71,17 +73,17 @@ def _check(args):
          f"--rank {args.rank}: must be below --world-size {max(args.world_size, 1)}"),
         (args.dist_url and not args.dist_url.startswith(("tcp://", "file://", "env://")),
          f"--dist-url {args.dist_url}: must be tcp://HOST:PORT or env://"),
-        (args.dist_url == "env://" and args.world_size not in (-1, told),
+        (args.dist_url == "env://" and str(args.world_size) not in ("-1", told),
          f"--world-size {args.world_size}: the environment says WORLD_SIZE={told}, give that"),
         (args.world_size > 1 and (args.rank < 0 or not args.dist_url),
          f"--world-size {args.world_size}: needs --rank (0 to {args.world_size - 1}) and --dist-url tcp://HOST:PORT "
          "of rank 0"))
-    if several and not args.rank > 0 and (args.dist_url or "").startswith("tcp://"):
+    if (several or gpus > 1) and not args.rank > 0 and (args.dist_url or "").startswith("tcp://"):
         _require_free_port(args.dist_url)
 
 
 def _require_free_port(url):
-    """Raise InputError where rank 0, on this machine, cannot listen at `tcp://HOST:PORT`."""
+    """Raise InputError where this machine, which has rank 0, cannot listen at `tcp://HOST:PORT`."""
     try:
         port = urllib.parse.urlsplit(url).port or 0
         with socket.socket() as probe:
@@ -114,7 +116,7 @@ def _spawn(main_worker, args):
     context = mp.spawn(_spawned, nprocs=per_node, join=False,
                        args=(main_worker, args, max(args.rank, 0), nodes, per_node, url))
     try:
-        with _StopSignals(context.pids()):
+        with _ForwardedSignals(context.pids()):
             while not context.join(grace_period=GRACE_SECONDS):
                 pass
     except mp.ProcessExitedException as error:
@@ -151,17 +153,21 @@ def _start(main_worker, args, rank=0, world_size=1, url=None):
     except InputError as error:
         _fail(f"error: {error}", 2)
     except RuntimeError as error:
-        if not dist.is_initialized() or not ("gloo" in str(error) or "NCCL" in str(error)):
+        text = one_line(error)
+        if not dist.is_initialized() or not any(sign in text.lower() for sign in LOST):
             raise
-        _fail(f"another rank has ended ({str(error).splitlines()[0]}), so the run stops; --resume auto with the same "
-              "command continues after the last save", 1)
+        _fail(f"another rank has ended ({text}), so the run stops; --resume auto with the same command continues after "
+              "the last save", 1, lost=True)
     if stopped:
         sys.exit(STOPPED)
 
 
-def _fail(line, code):
-    """End this process with a line, said by the first of the ranks to fail: the others fail since it did."""
-    if _is_first_to_fail():
+def _fail(line, code, lost=False):
+    """End this process with a line, said by the first of the ranks to fail: the others fail since it did.
+
+    lost: whether another rank has ended, perhaps without a word.
+    """
+    if _is_first_to_fail(lost):
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
     if not dist.is_initialized():
         sys.exit(code)
@@ -173,46 +179,74 @@ def _fail(line, code):
     os._exit(code)
 
 
-def _is_first_to_fail():
-    if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):     # the store has gone, and rank 0, which kept it
-            return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    return local_rank() == 0
+def _is_first_to_fail(lost):
+    if not dist.is_initialized():
+        return local_rank() == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:        # the store has gone, and rank 0, which kept it: it was first, if it could speak
+        return lost and local_rank() == 0
 
 
-class _StopSignals:
-    """SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C) ask the run to finish its step and save; another one, at
-    least AGAIN_SECONDS later, ends it at once.
-
-    pids: of the processes that this one started; a signal is handed on to them, and a second one kills them. Python
-    hears it between two operations: a rank that waits for others hears nothing, but the process that started it does.
+class _Signals:
+    """SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C) go to `hear`, in a context. Python calls it between two
+    operations: a process that hangs in one, such as a rank that waits for others, hears nothing.
     """
 
     NUMBERS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
-    def __init__(self, pids=()):
-        self.pids = pids
-
     def __enter__(self):
-        self.first = self.answer = None         # when the first one came; what the other ranks are being asked
-        self.before = {number: signal.signal(number, self.hear) for number in self.NUMBERS}
+        self.first = None       # when the first one came, on the monotonic clock
+        self.before = {number: signal.signal(number, self.listen) for number in self.NUMBERS}
 
     def __exit__(self, kind, *_):
-        for number, handler in self.before.items():     # the launcher may send one more when the first rank has stopped
-            signal.signal(number, signal.SIG_IGN if kind is Stopped else handler)
+        stopped = kind in (Stopped, mp.ProcessExitedException)      # when others have ended, launchers send one more
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_IGN if stopped else handler)
 
-    def hear(self, number, _):
+    def listen(self, number, _):
         again = self.first is not None and time.monotonic() > self.first + AGAIN_SECONDS
         self.first = self.first or time.monotonic()
+        self.hear(number, again)
+
+    def end_at_once(self, number):
+        _say("=> stopped at once")
+        os._exit(128 + number)
+
+
+class _StopSignals(_Signals):
+    """In a rank: the first asks the run to finish its step and save, another one ends it at once."""
+
+    first = answer = None       # answer: a function that waits for what the other ranks have been asked
+
+    def hear(self, number, again):
+        if again:
+            self.end_at_once(number)
+        if local_rank() == 0:
+            _say(f"=> {signal.Signals(number).name}: stops after this step and saves; once more stops at once")
+
+
+class _ForwardedSignals(_Signals):
+    """In a process that only waits for those it has started, pids: they get each signal; a second Ctrl-C kills them."""
+
+    def __init__(self, pids):
+        self.pids = pids
+
+    def hear(self, number, again):
+        kill = again and number == signal.SIGINT        # other signals come from launchers, also when all is saved
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):       # has ended
-                os.kill(pid, signal.SIGKILL if again else number)
-        if again:
-            os.write(2, b"=> stopped at once\n")        # print could have been interrupted in the middle of a line
-            os._exit(128 + number)
-        if not self.pids and local_rank() == 0:
-            os.write(2, f"=> {signal.Signals(number).name}: stops after this step and saves; once more stops at once\n"
-                     .encode())
+                os.kill(pid, signal.SIGKILL if kill else number)
+        if kill:
+            self.end_at_once(number)
+
+
+def _say(line):
+    """Print to the error output from a signal handler, where print could have been interrupted in the middle of a line,
+    and where there may be nobody left to read it.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())
 
 
 _signals = _StopSignals()       # this process's

@@ -120,10 +120,10 @@ class GlobalContrastiveLoss(_Loss):
         Raises ValueError where shapes do not fit, or an image is out of range or appears twice. (Of an index on a GPU
         only the shape is checked, since to look at it would wait for the GPU.)
         """
-        if index.shape != z1.shape[:1]:
-            raise ValueError(f"index must be [{len(z1)}], one for each image, got {list(index.shape)}")
-        self._check(index)
         keys, s, positive, is_negative = similarities(z1, z2)
+        if index.shape != positive.shape:
+            raise ValueError(f"index must be [{len(positive)}], one for each image, got {list(index.shape)}")
+        self._check(index)
         count = len(keys) - 2                                                           # 2(B-1) negatives of each view
         index = index.to(s.device, non_blocking=True)
         with torch.no_grad():
@@ -140,7 +140,7 @@ class GlobalContrastiveLoss(_Loss):
 
     def _update(self, batch):
         """u_i <- (U_i^a + U_i^b) / 2, on all ranks. batch: [B] the global batch's images, in the order of log_U."""
-        self._check(batch)      # on CPUs: an image may be on two ranks
+        self._check(batch)      # again: on CPUs an image may be on two ranks
         self.log_u[batch] = (self.log_U.logsumexp(1) - math.log(2)).to(self.log_u.dtype)
         self.batches += 1
         self.last_visit[batch] = self.batches

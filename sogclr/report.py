@@ -21,7 +21,7 @@ THUMBNAIL = 32      # pixels a side; TensorBoard wants 1000 of them in one image
 
 
 class Events:
-    """TensorBoard's log of a run, true on rank 0; on the others nothing happens. A context, at whose end it is closed.
+    """TensorBoard's log of a run, on rank 0; on the others nothing happens. A context, at whose end it is closed.
 
     folder: of the run, None for no log; purge_step: from which step on an earlier start's events are taken back, None
     for none. Where it cannot be written (a full disk, a folder that has vanished), that is said once, and the run goes
@@ -34,9 +34,6 @@ class Events:
             with self._may_fail():
                 self.writer = SummaryWriter(folder, purge_step=purge_step)
 
-    def __bool__(self):
-        return self.writer is not None
-
     def __enter__(self):
         return self
 
@@ -45,7 +42,7 @@ class Events:
 
     def write(self, method, *args, **kwargs):
         """What SummaryWriter's method of that name does, such as `add_image` or `flush`."""
-        if self:
+        if self.writer:
             with self._may_fail():
                 getattr(self.writer, method)(*args, **kwargs)
 

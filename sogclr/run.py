@@ -113,7 +113,7 @@ class Run:
         return self.start_step if epoch == self.start_epoch else 0
 
     def __enter__(self):
-        self.stack = contextlib.ExitStack()
+        self.stack, self.logs = contextlib.ExitStack(), []
         self.writer = self.stack.enter_context(
             checkpoint.Writer(self.folder if self.write else None, self.args.save_minutes))
         return self
@@ -123,12 +123,15 @@ class Run:
 
     def events(self, start, name="."):
         """A TensorBoard log in the run's folder, or that called `name` in it, from `start` on."""
-        return self.stack.enter_context(report.Events(self.folder / name if self.write else None, start or None))
+        self.logs.append(report.Events(self.folder / name if self.write else None, start or None))
+        return self.stack.enter_context(self.logs[-1])
 
     def after_step(self, epoch, step, steps):
         """Save where it is time, and stop where a signal has asked for it; after an epoch's last step, `after_epoch`
-        does. Raises Stopped.
+        does. Raises Stopped. A run that writes nothing is too short for that.
         """
+        if not self.write:
+            return
         self.stop = stop_requested()        # the same on all ranks
         if step + 1 < steps and (self.stop or self.writer.is_due()):
             self._save(epoch, step + 1, f"epoch {epoch}, step {step}")
@@ -138,6 +141,8 @@ class Run:
     def after_epoch(self, epoch, name=None):
         """Save, also under a further name, and stop where a signal has asked for it. Raises Stopped."""
         self._save(epoch + 1, 0, f"epoch {epoch}", *[name] * (name is not None))
+        for events in self.logs:
+            events.write("flush")
         if self.stop and epoch + 1 < self.args.epochs:
             raise Stopped(f"after epoch {epoch}")
 

@@ -23,7 +23,7 @@ def balanced_indices(targets, percent, seed):
     by_class = shuffled[np.argsort(targets[shuffled], kind="stable")]           # each class in random order
     classes, sizes = np.unique(targets, return_counts=True)
     rounds = np.concatenate([np.arange(size) for size in sizes])                # [N] the place within its class
-    places = np.repeat(rng.permutation(len(classes)), sizes)                     # [N] the class's place in a round
+    places = np.repeat(rng.permutation(len(classes)), sizes)                    # [N] the class's place in a round
     n = max(round(len(targets) * percent / 100), len(classes))
     return np.sort(by_class[np.lexsort((places, rounds))[:n]])
 
@@ -41,7 +41,7 @@ class Subset:
         return self.images[self.indices[i]]
 
     def write_list(self, file):
-        """Write a line an image: its path from the data set's folder, or its number where it has no file of its own.
+        """Write a line per image: its path from the data set's folder, or its number where it has no file of its own.
 
         Raises InputError where the folder cannot be written.
         """

@@ -201,6 +201,21 @@ def test_slurm_puts_a_stopped_job_back(imagenet, tmp_path):
     assert load(tmp_path / "saved")["epoch"] >= 1
 
 
+def test_a_run_is_saved_although_nobody_reads_its_errors(imagenet, tmp_path):
+    """With `2>&1 | tee`, Ctrl-C ends tee first."""
+    receive, send = os.pipe()
+    command = [sys.executable, ROOT / "train.py", "--data", imagenet, *TINY, "--epochs", 1000, "--save_dir", tmp_path]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(list(map(str, command)), env=env, text=True, stdout=subprocess.PIPE, stderr=send) as process:
+        next(line for line in process.stdout if "Epoch: [1][0" in line)
+        os.close(send)
+        os.close(receive)
+        process.send_signal(signal.SIGINT)
+        assert "=> stopped after epoch" in process.stdout.read()
+        assert process.wait(60) == 75
+    assert load(tmp_path)["epoch"] >= 1
+
+
 class Launcher(subprocess.Popen):
     """`train.py --multiprocessing-distributed`, which starts processes and waits for them, after the first epoch."""
 
@@ -220,16 +235,19 @@ def test_a_signal_to_the_launcher_stops_its_processes(imagenet, tmp_path):
         assert launcher.wait(60) == 75
 
 
-def test_a_second_signal_to_the_launcher_ends_a_process_that_hangs(imagenet, tmp_path):
-    """The first signal is not heard there; the second must end all, and leave no process behind."""
+def test_a_second_ctrl_c_ends_a_process_that_hangs(imagenet, tmp_path):
+    """The first signal is not heard there; the second must end all, and leave no process behind. Others must not: a
+    launcher sends them also when all is saved.
+    """
     with Launcher(imagenet, tmp_path) as launcher:
         (lock,) = tmp_path.rglob("lock")        # the rank has written its number into it
         rank = int(lock.read_text().split()[1])
         os.kill(rank, signal.SIGSTOP)
-        for _ in range(2):
-            launcher.send_signal(signal.SIGTERM)
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            assert launcher.poll() is None
+            launcher.send_signal(number)
             time.sleep(3)
-        assert launcher.wait(60) == 128 + signal.SIGTERM
+        assert launcher.wait(60) == 128 + signal.SIGINT
         assert "=> stopped at once" in launcher.stderr.read()
         with pytest.raises(ProcessLookupError):
             os.kill(rank, 0)

@@ -28,12 +28,12 @@ def test_the_log_ends_before_the_run_does(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)        # TensorBoard's own thread fails
     with Events(tmp_path / "run") as events:
         events.scalars({"loss": 1.0}, 0)
-        assert events
+        assert events.writer
         shutil.rmtree(tmp_path / "run")
         for step in range(1, 4):
             events.write("flush")
             events.scalars({"loss": 1.0}, step)
-        assert not events
+        assert not events.writer
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith(f"=> TensorBoard logging disabled: {tmp_path / 'run'}: ")
 
