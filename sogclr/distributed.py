@@ -77,10 +77,6 @@ def data_parallel(model, device):
                                    gradient_as_bucket_view=True, static_graph=True, **{buffers: False})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# With gradient
-# ---------------------------------------------------------------------------------------------------------------------
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor):
@@ -116,10 +112,6 @@ def mean_over_ranks(values):
     """
     return _Mean.apply(values.mean()) if world_size() > 1 else values.mean()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Without gradient
-# ---------------------------------------------------------------------------------------------------------------------
 
 def all_gather(tensor):
     """[b, ...] on every rank -> [B, ...] in the order of ranks, on every rank."""

@@ -20,12 +20,9 @@ class ImageFiles:
     anywhere in it). Raises InputError where there are no images, or a class without any.
 
     The names are one byte array and the rest are number arrays. Forked worker processes share their pages with the
-    parent and, having no reference counts to write, never copy them; a list of 14 million Python strings they would
-    copy whole, each. In bytes for N images with names of n bytes: (n + 12) N, so for ImageNet-1K (1.28 M, n = 30)
-    54 MB, and for ImageNet-21K (14 M) 600 MB. A billion images would take 42 GB for the names and labels, 8 GB for an
-    epoch's order (`EpochSampler`) and 8 GB for the estimator and its ages on each rank's device
-    (`GlobalContrastiveLoss`): on one machine of 8 ranks, 400 GB of host memory. Beyond that the list would have to lie
-    in a memory-mapped file.
+    parent and, having no reference counts to write, never copy them; of a list of 14 million Python strings each would
+    make a copy. In bytes for N images with names of n bytes: (n + 12) N, so for ImageNet-1K (1.28 M, n = 30) 54 MB, and
+    for ImageNet-21K (14 M) 600 MB.
     """
 
     def __init__(self, root, labels):
