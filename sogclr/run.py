@@ -85,7 +85,7 @@ class Run:
             raise InputError(f"--resume auto: no checkpoint in {self.folder} can be read, "
                              "move the folder away to start again")
         others = sum(path.parent != self.folder for path in self.folder.parent.glob(f"*/{LAST}"))
-        log("=> --resume auto: no run with these settings yet, a new one begins"
+        log("=> --resume auto: no run with these settings yet" + ", a new one begins" * self.write
             + f" ({self.folder.parent} holds {others} with other settings)" * (others > 0))
         return "", {}
 
