@@ -172,14 +172,14 @@ class Evaluation:
         self.settings = vars(args) | {"seed": run.seed, "precision": precision, "stem": stem, "image_size": image_size,
                                       "images": fingerprint,
                                       "encoder_lr": (args.encoder_lr or args.lr / 10) if args.finetune else None}
-        log(f"=> {protocol(args)} of {args.pretrained or run.resume or 'a random encoder'} "
+        log(f"=> {protocol(args)}, encoder {args.pretrained or run.resume or 'random'} "
             f"({args.arch}, {stem} stem, {precision}), on {report.device_names(device)}")
         log(f"=> {args.data_name}: {len(self.train_data.images)} training and {len(self.val_data.images)} validation "
             f"images of {image_size} pixels, {len(self.classes)} classes, seed {run.seed}"
             + f", run folder {run.folder}" * (not args.evaluate))
         trained_at = (self.pretraining["encoder"] or {}).get("image_size", image_size)
         if trained_at != image_size:
-            log(f"=> note: the encoder was pretrained at {trained_at} pixels, --image-size {trained_at} takes that")
+            log(f"=> note: the encoder was pretrained at {trained_at} pixels, for that give --image-size {trained_at}")
 
     @torch.inference_mode()
     def encode(self, images):
@@ -312,6 +312,7 @@ def train(evaluation):
                 curve.scalars({"val/Acc@1": score["acc1"], "val/Acc@5": score["acc5"], "train/Acc@1": top1.average,
                                "train/loss": average.average, "train/learning rate": lr}, epoch)
             run.after_epoch(epoch, "model_best.pth.tar" if best["best_epoch"] == epoch else None)
+            run.stop_if_asked(epoch)
         if not recorded:
             for curve, score in zip(curves, classifiers.scores, strict=True):
                 curve.hparams(settings, score)

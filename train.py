@@ -183,6 +183,7 @@ def main_worker(args, device):
                 knn_acc1 = knn(model.base_encoder)                              # {"kNN-20": percent, ...}
                 log(f" * Epoch {epoch} " + " ".join(f"{name} {acc1:.1f}" for name, acc1 in knn_acc1.items()))
                 events.scalars({f"features/{name}": acc1 for name, acc1 in knn_acc1.items()}, (epoch + 1) * steps)
+            run.stop_if_asked(epoch)
     if args.dry_run:
         log(dry_run_report(args, progress, state, device))
         return
@@ -322,7 +323,7 @@ def dry_run_report(args, progress, state, device):
         memory = (f"{torch.cuda.max_memory_reserved() / 2**30:.1f} of "
                   f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB on each GPU")
     else:
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB, and the workers'"
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB without the workers"
     hours = args.epochs * progress.steps * progress.seconds_per_step / 3600
     duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
     kept = 2 + sum(checkpoint_is_kept(args, epoch) for epoch in range(args.epochs))      # 2: _last and _previous

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -156,6 +157,7 @@ def _start(main_worker, args, rank=0, world_size=1, url=None):
         text = one_line(error)
         if not dist.is_initialized() or not any(sign in text.lower() for sign in LOST):
             raise
+        text = re.sub(r"^\[\S*\] ", "", text).split(". ")[0]        # without the line of C++ and the advice
         _fail(f"another rank has ended ({text}), so the run stops; --resume auto with the same command continues after "
               "the last save", 1, lost=True)
     if stopped:

@@ -223,8 +223,9 @@ def check_batch_size(batch_size, num_images, flag="--batch-size"):
     """Raise InputError where the ranks cannot share a batch equally, as BatchNorm wants, or images are too few."""
     ranks = world_size()
     if batch_size % ranks or batch_size < 2 * ranks:
-        raise InputError(f"{flag} {batch_size}: {ranks} process{'es' * (ranks > 1)} cannot share it equally with at "
-                         f"least 2 images each, take a multiple of {ranks} from {2 * ranks} on")
+        raise InputError(f"{flag} {batch_size}: must be at least 2" if ranks == 1 else
+                         f"{flag} {batch_size}: {ranks} processes cannot share it equally with at least 2 images each, "
+                         f"take a multiple of {ranks} from {2 * ranks} on")
     if batch_size > num_images:
         raise InputError(f"{flag} {batch_size}: the data set holds only {num_images} images, take a smaller batch")
 

@@ -128,7 +128,7 @@ class Run:
 
     def after_step(self, epoch, step, steps):
         """Save where it is time, and stop where a signal has asked for it; after an epoch's last step, `after_epoch`
-        does. Raises Stopped. A run that writes nothing is too short for that.
+        and `stop_if_asked` do. Raises Stopped. A run that writes nothing is too short for that.
         """
         if not self.write:
             return
@@ -139,10 +139,13 @@ class Run:
                 raise Stopped(f"after epoch {epoch}, step {step}")
 
     def after_epoch(self, epoch, name=None):
-        """Save, also under a further name, and stop where a signal has asked for it. Raises Stopped."""
+        """Save, also under a further name."""
         self._save(epoch + 1, 0, f"epoch {epoch}", *[name] * (name is not None))
         for events in self.logs:
             events.write("flush")
+
+    def stop_if_asked(self, epoch):
+        """Raise Stopped where a signal has come in an epoch's last step, and the run is not at its end."""
         if self.stop and epoch + 1 < self.args.epochs:
             raise Stopped(f"after epoch {epoch}")
 

@@ -38,8 +38,11 @@ def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, n
         return original()
 
     monkeypatch.setattr(run_module, "stop_requested", stop_requested)
+    reports, evaluate = [], train.KNNMonitor.__call__
+    monkeypatch.setattr(train.KNNMonitor, "__call__", lambda *args: reports.append(steps) or evaluate(*args))
     with pytest.raises(SystemExit, match="75"):
         call(module, *command, "--save_dir", tmp_path / "cut")
+    assert len(reports) == 2 * ("--knn-freq" in flags)      # also of the epoch in whose last step the signal came
     assert (load(tmp_path / "cut")["epoch"], load(tmp_path / "cut")["step"]) == divmod(steps, 3)
     assert f"=> {number.name}: stops after this step" in capfd.readouterr().err
     resumed = call(module, *command, "--save_dir", tmp_path / "cut")
@@ -140,7 +143,7 @@ def test_two_ranks_stopped_and_killed_equal_undisturbed(imagenet, tmp_path):
         (_, error, code), _ = run.end()
         assert time.monotonic() - start < 30
         assert code == 1
-        assert re.search(r"train.py: another rank has ended \(.*\), so the run stops; --resume auto", error)
+        assert re.search(r"train.py: another rank has ended \(.* by peer.*\), so the run stops; --resume", error)
         assert "Traceback" not in error
 
     with TwoRanks(*flags) as run:

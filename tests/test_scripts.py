@@ -472,7 +472,7 @@ def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_pat
     results = json.loads(results.read_text())
     assert results["encoder"] == made["settings"]
     assert 0 < results["pretraining_seconds"] <= made["seconds"] + 0.1
-    assert "=> note: the encoder was pretrained at 32 pixels, --image-size 32 takes that" in \
+    assert "=> note: the encoder was pretrained at 32 pixels, for that give --image-size 32" in \
         call(lincls, *command, "--image-size", 40)
 
 
