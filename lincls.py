@@ -349,7 +349,7 @@ class TrainingState:
         """Raise InputError where no classifier has finite weights left, or with --finetune not all of the network."""
         finetune = self.settings["finetune"]
         finite = [all(bool(parameter.isfinite().all()) for parameter in module.parameters())
-                  for module in (*self.classifiers, *[self.encoder] * finetune)]
+                  for module in [*self.classifiers, *([self.encoder] if finetune else [])]]
         if not (all(finite) if finetune else any(finite)):
             raise InputError(f"a weight is not finite in {place}: take a smaller learning rate than --lr "
                              f"{self.settings['lr']}" + f", --encoder-lr {self.settings['encoder_lr']}" * finetune

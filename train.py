@@ -278,7 +278,7 @@ def side_by_side(augment, images1, images2):
 
 def show_u(events, criterion, steps, at):
     """Histograms of the moving averages and of how long ago they were updated. steps: in an epoch; at: all so far."""
-    if isinstance(criterion, GlobalContrastiveLoss):
+    if events.writer and isinstance(criterion, GlobalContrastiveLoss):
         events.write("add_histogram", "u/log u", criterion.log_u[criterion.log_u.isfinite()], at)
         events.write("add_histogram", "u/age in epochs", criterion.age / steps, at)
 

@@ -198,9 +198,10 @@ def restore_parts(saved, source, **parts):
     parts: objects with `load_state_dict`. Raises InputError where a state does not fit.
     """
     for name, part in parts.items():
+        state = saved.get(name, {})
         try:
-            if saved.get(name):
-                part.load_state_dict(saved[name])
+            if state or not isinstance(part, torch.amp.GradScaler):
+                part.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"{source}: was made with another model, optimizer or protocol: {one_line(error)}"
                              ) from error

@@ -48,8 +48,9 @@ class Events:
 
     def scalars(self, values, step):
         """values: {name: number or 0-d tensor}"""
-        for name, value in values.items():
-            self.write("add_scalar", name, float(value), step)
+        if self.writer:     # to read a value waits for the device
+            for name, value in values.items():
+                self.write("add_scalar", name, float(value), step)
 
     def hparams(self, settings, score):
         """A row of TensorBoard's table of settings, for this run.

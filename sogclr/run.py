@@ -140,7 +140,7 @@ class Run:
 
     def after_epoch(self, epoch, name=None):
         """Save, also under a further name."""
-        self._save(epoch + 1, 0, f"epoch {epoch}", *[name] * (name is not None))
+        self._save(epoch + 1, 0, f"epoch {epoch}", *([name] if name else []))
         for events in self.logs:
             events.write("flush")
 

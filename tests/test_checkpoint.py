@@ -169,3 +169,13 @@ def test_numpy_numbers_load(tmp_path):
     values = {"lr": np.float64(1.2), "epoch": np.int64(3), "best": np.float32(0.5)}
     torch.save(values, path)
     assert checkpoint.load(path, "--resume") == values
+
+
+def test_only_a_scaler_may_have_no_state():
+    """An empty model or optimizer must be refused, and an empty scaler, as bf16 leaves it, be taken."""
+    model = torch.nn.Linear(2, 2)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu")
+    for name, part in (("state_dict", model), ("optimizer", optimizer)):
+        with pytest.raises(InputError, match="--resume file: was made with another model, optimizer or protocol: "):
+            checkpoint.restore_parts({name: {}}, "--resume file", **{name: part})
+    checkpoint.restore_parts({"scaler": {}}, "--resume file", scaler=scaler)
