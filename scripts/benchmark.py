@@ -103,7 +103,7 @@ def on_the_gpu(function):
     """
     function()
     synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as record:
         function()
         synchronize()
     kernels = [event for event in record.events()

@@ -253,6 +253,8 @@ class Loader:
         self.loader = torch.utils.data.DataLoader(
             batches, batch_sampler=self.sampler, collate_fn=_as_arrays if through_pipes else _as_made,
             num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=_leave_signals_to_the_rank,
+            # A rank that was spawned would spawn its workers too: each would import torch and copy the list of files.
+            multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
             persistent_workers=workers > 0 and self.sampler.shuffle)        # evaluation's workers end with it
 
     def __len__(self):

@@ -1,6 +1,7 @@
 """What is seen, in which order, and on what it depends."""
 
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -90,6 +91,19 @@ def test_workers_outlive_the_signals_that_stop_a_run(data):
     worker.terminate()
     worker.join(20)
     assert worker.exitcode == 0
+
+
+def test_workers_of_a_spawned_rank_are_forked(data, monkeypatch):
+    """A rank started by `--multiprocessing-distributed` would by default spawn its workers: each would import torch and
+    get a copy of the list of files, which a fork shares.
+    """
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)       # as it is in such a rank
+    monkeypatch.setattr(type(data.images), "__reduce__", None)  # what cannot be pickled cannot be sent
+    try:
+        assert len(epoch_of(data, seed=1, epoch=0, workers=1)) == 4
+    finally:
+        multiprocessing.set_start_method(default, force=True)
 
 
 def test_no_draw_is_shared(data):
