@@ -168,7 +168,7 @@ logged_run() {
 
 mkdir -p "$out" 2> /dev/null || { echo "$0: error: OUT=$out: cannot be made" >&2; exit 2; }
 if [ ${#subset[@]} != 0 ] && [ ! -d "$images" ]; then
-    "$python" scripts/make_subset.py "$images" "${subset[@]}"
+    "$python" scripts/tools/make_subset.py "$images" "${subset[@]}"
     echo "$whole" > "$images/made_from"
 fi
 for i in "${!runs[@]}"; do
@@ -191,6 +191,6 @@ if (cd "$out" && compgen -G '*_--*') > /dev/null; then      # runs of VARIANTS, 
     rm -f "$out/results.png"
     plot=()
 fi
-"$python" scripts/collect_results.py "$out" "${plot[@]}" > "$out/results.md.part"
+"$python" scripts/experiments/collect_results.py "$out" "${plot[@]}" > "$out/results.md.part"
 mv "$out/results.md.part" "$out/results.md"
 cat "$out/results.md"

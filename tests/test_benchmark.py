@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from scripts import benchmark
+from scripts.tools import benchmark
 
 TINY = shlex.split("--arch resnet18 --stem imagenet --image-size 16 --batch-size 4 --workers 1 --repeats 1")
 

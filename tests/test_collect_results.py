@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from scripts import collect_results
+from scripts.experiments import collect_results
 
 
 @pytest.fixture

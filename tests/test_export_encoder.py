@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 
-from scripts import export_encoder
+from scripts.tools import export_encoder
 from sogclr import checkpoint
 from sogclr.builder import SimCLR, resnet
 

@@ -1,6 +1,6 @@
 """What happens in a long run: signals, kills, and going on afterwards, with the real scripts.
 
-`scripts/fault_test.py` does the same for longer, at random moments.
+`scripts/tools/stress_test.py` does the same for longer, at random moments.
 """
 
 import os
@@ -15,7 +15,7 @@ from test_scripts import ROOT, TINY, call, load, losses, newest, no_gpu  # noqa:
 
 import lincls
 import train
-from scripts.fault_test import same
+from scripts.tools.stress_test import same
 from sogclr import run as run_module
 from sogclr.launch import free_port
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from scripts import benchmark
+from scripts.tools import benchmark
 from sogclr.augment import Augment
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
 from sogclr.optimizer import LARS

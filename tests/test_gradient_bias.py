@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scripts.gradient_bias import batches, bias_and_noise, gradient, measure
+from scripts.experiments.gradient_bias import batches, bias_and_noise, gradient, measure
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
 
 N, TAU = 128, 0.1

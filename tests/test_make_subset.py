@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts import make_subset
+from scripts.tools import make_subset
 from sogclr.shapes import Shapes
 
 

@@ -40,8 +40,8 @@ if [ "$1" = -c ]; then
     exit
 fi
 printf '%s\\n' "$*" >> "$CALLS"
-[ "$1" != scripts/make_subset.py ] || mkdir "$2"
-[ "$1" != scripts/collect_results.py ] || [ "$FAILS" != collect ] || exit 2
+[ "$1" != scripts/tools/make_subset.py ] || mkdir "$2"
+[ "$1" != scripts/experiments/collect_results.py ] || [ "$FAILS" != collect ] || exit 2
 if [ "$1" = train.py ]; then
     read_flags "$@"
     if [ -d "$BESIDE" ]; then
@@ -152,9 +152,10 @@ def test_batch_size_experiment(calls, tmp_path):
     whole = tmp_path / "cats & Größe"
     variables = {"OUT": str(tmp_path / "öut"), "DATA_NAME": "folder", "DATA": str(whole), "REAL": sys.executable}
     subset, *done, collect = calls("cifar10_batch_size_cpu.sh", BATCHES="8 16", SEEDS="1 2", **variables)
-    assert subset[0] == "scripts/make_subset.py"
+    assert subset[0] == "scripts/tools/make_subset.py"
     assert Path(subset[1], "made_from").read_text() == f"{whole}\n"
-    assert collect == ["scripts/collect_results.py", str(tmp_path / "öut"), "--png", str(tmp_path / "öut/results.png")]
+    assert collect == ["scripts/experiments/collect_results.py", str(tmp_path / "öut"), "--png",
+                       str(tmp_path / "öut/results.png")]
     trained, runs = [], len(done) // 4
     for k in range(runs):
         asked = settings(train, done[4 * k])
@@ -180,13 +181,13 @@ def side_by_side(tmp_path):
 def test_batch_size_experiment_side_by_side(calls, side_by_side, tmp_path):
     """With JOBS=2 there must always be two runs, each with its log, and the table when all have ended."""
     *done, collect = calls("cifar10_batch_size.sh", SEEDS="1 2 3 4", **side_by_side)
-    assert collect[0] == "scripts/collect_results.py"
+    assert collect[0] == "scripts/experiments/collect_results.py"
     assert sorted(call[0] for call in done) == 4 * ["lincls.py"] + 4 * ["together"] + 4 * ["train.py"]
     assert max(int(call[1]) for call in done if call[0] == "together") == 2
     assert {settings(train, call)["workers"] for call in done if call[0] == "train.py"} == {8}
     assert len(list((tmp_path / "out").glob("dcl_8_[1-4].log"))) == 4
     again, = calls("cifar10_batch_size.sh", SEEDS="1 2 3 4", **side_by_side)        # nothing is done twice
-    assert again[0] == "scripts/collect_results.py"
+    assert again[0] == "scripts/experiments/collect_results.py"
     assert len(calls("cifar10_batch_size.sh", SEEDS="1", **side_by_side | {"PROTOCOLS": "cached", "BESIDE": ""})) == 3
     others = side_by_side | {"DATA": "elsewhere", "BESIDE": ""}
     assert len(calls("cifar10_batch_size.sh", SEEDS="2", **others)) == 3
@@ -219,7 +220,8 @@ def test_what_of_sogclr_helps(calls, tmp_path):
     """Each gamma must be tried at each temperature, SimCLR once at each, and all be told apart in one table."""
     out = tmp_path / "out[1]"
     subset, *done, collect = calls("cifar10_gamma_cpu.sh", OUT=str(out), SEEDS="1", PROTOCOLS="knn")
-    assert (subset[0], collect) == ("scripts/make_subset.py", ["scripts/collect_results.py", str(out)])
+    assert subset[0] == "scripts/tools/make_subset.py"
+    assert collect == ["scripts/experiments/collect_results.py", str(out)]
     asked = [settings(train, call) for call in done if call[0] == "train.py"]
     assert sorted((one["loss_type"], one["t"], one["gamma"], one["batch_size"]) for one in asked) == sorted(
         [("cl", t, 0.9, 16) for t in (0.1, 0.05)]
@@ -275,7 +277,7 @@ def test_search_never_sees_validation_images(size, calls, tmp_path):
     subset, *done, collect = calls("cifar10_search.sh", "--epochs", 7, OUT=str(tmp_path / "out"), SUBSET=size)
     assert "--held-out" in subset
     assert subset[subset.index("--train") + 1] == ("40000" if size else "5000")
-    assert collect == ["scripts/collect_results.py", str(tmp_path / "out")]
+    assert collect == ["scripts/experiments/collect_results.py", str(tmp_path / "out")]
     asked = [settings(train, call) for call in done if call[0] == "train.py"]
     assert {(one["data_name"], one["data"], one["epochs"]) for one in asked} == {("folder", subset[1], 7)}
     names = "loss_type", "t", "lr", "crop_min", "weight_decay", "gamma"
@@ -291,7 +293,7 @@ def test_nothing_is_trained_twice(calls, tmp_path):
     assert [call[0] for call in done] == 2 * ["train.py", "lincls.py"]
     (tmp_path / "out" / "results.md").write_text("a table")
     calls("cifar10_batch_size.sh", SEEDS="1", VARIANTS="--wd 0 --t 0.5", FAILS="collect", code=2, **one)
-    assert (tmp_path / "calls").read_text().startswith("scripts/collect_results.py")
+    assert (tmp_path / "calls").read_text().startswith("scripts/experiments/collect_results.py")
     assert (tmp_path / "out" / "results.md").read_text() == "a table"
 
 

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lincls
 import train
-from scripts import gradient_bias
+from scripts.experiments import gradient_bias
 from sogclr import datasets, loader
 from sogclr.launch import free_port
 
@@ -692,15 +692,15 @@ def test_recipes_take_overrides(recipe, imagenet, tmp_path):
 
 def test_imagenet100_is_linked(tmp_path):
     """The subset must hold the authors' 100 classes of both splits; an incomplete tree must be refused."""
-    classes = (ROOT / "scripts" / "imagenet100_classes.txt").read_text().split()
+    classes = (ROOT / "scripts" / "tools" / "imagenet100_classes.txt").read_text().split()
     assert len(set(classes)) == 100
     for split in ("train", "val"):
         for wnid in [*classes, "n99999999"]:
             (tmp_path / "full" / split / wnid).mkdir(parents=True)
     for _ in range(2):      # also over an earlier one
-        run("scripts/make_imagenet100.py", tmp_path / "full", tmp_path / "subset")
+        run("scripts/tools/make_imagenet100.py", tmp_path / "full", tmp_path / "subset")
     assert sorted(path.name for path in (tmp_path / "subset" / "val").iterdir()) == sorted(classes)
     (tmp_path / "full" / "val" / classes[0]).rmdir()
-    done = run("scripts/make_imagenet100.py", tmp_path / "full", tmp_path / "subset", ok=False)
+    done = run("scripts/tools/make_imagenet100.py", tmp_path / "full", tmp_path / "subset", ok=False)
     assert done.returncode == 2
     assert f"val/{classes[0]}" in done.stderr

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How far a small batch's gradient points away from the global loss's, in a pretrained network as it stands.
 
-    python scripts/gradient_bias.py CHECKPOINT [--batch-sizes 16 64 256] [--t 0.1] [--gamma 1 0.9 0.2]
+    python scripts/experiments/gradient_bias.py CHECKPOINT [--batch-sizes 16 64 256] [--t 0.1] [--gamma 1 0.9 0.2]
 
 CHECKPOINT is of train.py; two views of some of its images stand for the data set. The network is held fixed, with
 BatchNorm's running statistics, so that a projection depends on its own image alone. The gradient of the global loss, in
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sogclr import InputError, checkpoint
 from sogclr.augment import Augment, pil_recipe

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build ImageNet-100 (the authors' ImageNet-S) from an ImageNet-1K tree, by links: it takes no space.
 
-    python scripts/make_imagenet100.py IMAGENET DST
+    python scripts/tools/make_imagenet100.py IMAGENET DST
 
 IMAGENET holds train/<wnid>/ and val/<wnid>/; DST gets the same with the 100 classes of imagenet100_classes.txt.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kills a run at random moments and resumes it, until it has ended: it must be bit-equal to an undisturbed one.
 
-    python scripts/fault_test.py [--kills 25]
+    python scripts/tools/stress_test.py [--kills 25]
 
 Two processes on the CPU train on image files; `kill -9` hits one or both of them between two saves or while a
 checkpoint is being written, and both while they start; then the same command starts again, with --resume auto. Takes
@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sogclr import checkpoint
 from sogclr.flags import Parser, number
 from sogclr.launch import free_port
 
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 IMAGES, BATCH = 64, 8
 PATIENCE = 60       # seconds in which the survivor of a kill must have ended
 

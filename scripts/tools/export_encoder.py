@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Takes the encoder out of a checkpoint, for use without this repository.
 
-    python scripts/export_encoder.py CHECKPOINT OUT [--format torchvision|detectron2]
+    python scripts/tools/export_encoder.py CHECKPOINT OUT [--format torchvision|detectron2]
 
 CHECKPOINT is of train.py or lincls.py, or any other that lincls.py takes as --pretrained. OUT gets a state dict of
 torchvision's ResNet without the classifier, to be read by `torch.load(OUT, weights_only=True)`; or, for detectron2's
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sogclr import InputError, checkpoint
 from sogclr.builder import encoder_state, resnet

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A small, class-balanced part of a data set, as a folder for `--data_name folder`: to try things, or to tune them.
 
-    python scripts/make_subset.py DST --data_name cifar10 --data DIR --train 5000 --val 5000
-    python scripts/make_subset.py DST --data_name cifar10 --data DIR --train 5000 --val 5000 --held-out
+    python scripts/tools/make_subset.py DST --data_name cifar10 --data DIR --train 5000 --val 5000
+    python scripts/tools/make_subset.py DST --data_name cifar10 --data DIR --train 5000 --val 5000 --held-out
 
 DST/val gets images of the validation split; with --held-out it gets other images of the *training* split, on which
 settings can be chosen without a look at the validation images. DST/train is the same with and without. Images that are
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sogclr import InputError
 from sogclr.datasets import open_data_set

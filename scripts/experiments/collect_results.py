@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One table, and a plot, of many runs: reads the results.json files that lincls.py left.
 
-    python scripts/collect_results.py FOLDER [--png FILE]
+    python scripts/experiments/collect_results.py FOLDER [--png FILE]
 
 Runs that differ in the seed alone are one row: mean and standard deviation over all seeds that are there. Beside loss
 and batch size, each setting of the pretraining in which the runs differ has a column. Accuracies are those of the last
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sogclr import InputError
 from sogclr.flags import Parser, output_file

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Speed and memory of training and of its parts, each beside the plain way to write it, in the same run.
 
-    python scripts/benchmark.py step [--json FILE]     the training step, beside the encoder's passes alone
-    python scripts/benchmark.py train --data DIR       training on the images in DIR, beside the plain recipe
-    python scripts/benchmark.py lincls [--json FILE]   frozen features, as for the linear evaluation
-    python scripts/benchmark.py loss [--json FILE]     GlobalContrastiveLoss, forward and backward
-    python scripts/benchmark.py lars [--json FILE]     one LARS step on ResNet-50
-    python scripts/benchmark.py save [--json FILE]     how long a ResNet-50 run stops to save, in $TMPDIR
-    python scripts/benchmark.py data --data DIR        two 224-pixel views of each image in DIR, by worker processes
+    python scripts/tools/benchmark.py step [--json FILE]     the training step, beside the encoder's passes alone
+    python scripts/tools/benchmark.py train --data DIR       training on the images in DIR, beside the plain recipe
+    python scripts/tools/benchmark.py lincls [--json FILE]   frozen features, as for the linear evaluation
+    python scripts/tools/benchmark.py loss [--json FILE]     GlobalContrastiveLoss, forward and backward
+    python scripts/tools/benchmark.py lars [--json FILE]     one LARS step on ResNet-50
+    python scripts/tools/benchmark.py save [--json FILE]     how long a ResNet-50 run stops to save, in $TMPDIR
+    python scripts/tools/benchmark.py data --data DIR        two 224-pixel views of each image, by worker processes
 
 The first three take train.py's --arch, --image-size, --batch-size, --precision, --stem and --workers; by default they
 measure ResNet-50 at 224 pixels in batches of 256 on a GPU, ResNet-18 at 64 pixels in batches of 64 on the CPU.
@@ -32,7 +32,7 @@ import torchvision
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sogclr import InputError, checkpoint
 from sogclr.augment import Augment, Normalize, pil_recipe

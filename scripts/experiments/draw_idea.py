@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Draws the README's picture of the idea, scripts/pictures/idea.svg.
+"""Draws the README's picture of the idea, scripts/experiments/pictures/idea.svg.
 
-    python scripts/draw_idea.py
+    python scripts/experiments/draw_idea.py
 
 The curve on the right is computed: one anchor among 5,000 random unit vectors, visited 60 times with other batches.
 """
