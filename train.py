@@ -216,7 +216,9 @@ class TrainingState:
 
     def saved(self):
         saved = {"state_dict": checkpoint.add_ddp_prefix(self.model.state_dict()),
-                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                 "optimizer": self.optimizer.state_dict(),
+                 # The authors' code always resumes a scaler: if ours is off, it gets the state of a fresh one.
+                 "scaler": self.scaler.state_dict() or torch.amp.GradScaler("cpu").state_dict(),
                  "seconds": self.seconds()}
         if isinstance(self.criterion, GlobalContrastiveLoss):       # u for the authors' code, the rest for ours
             saved |= {"u": self.criterion.u[:, None].float(), **self.criterion.state_dict()}
