@@ -130,7 +130,7 @@ def test_pretraining_writes_what_others_read(pretrained):
     names = {key.removeprefix("module.base_encoder.") for key in saved["state_dict"] if ".fc." not in key}
     assert names == {key for key in torchvision.models.resnet18().state_dict() if not key.startswith("fc.")}
     assert set(saved["optimizer"]["state"][0]) == {"mu"}
-    torch.amp.GradScaler("cpu").load_state_dict(saved["scaler"])        # theirs is always on, and refuses an empty state
+    torch.amp.GradScaler("cpu").load_state_dict(saved["scaler"])     # theirs is on, and refuses an empty one
     assert len(saved["optimizer"]["param_groups"]) == 1
     assert "--gamma 0.9" in (run_folder / "command.txt").read_text()
     results, at_start = (json.loads((run_folder / name).read_text()) for name in ("results.json", "settings.json"))

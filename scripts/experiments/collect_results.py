@@ -130,6 +130,14 @@ def markdown(names, table):
     return "\n".join(lines)
 
 
+def report(folder):
+    """Both tables of all evaluations under a folder, and what made them. Raises InputError as `read` does."""
+    names, table, made_by = read(folder)
+    pairs = differences(names, table)
+    return "\n\n".join([markdown(names, table), *([markdown(names, pairs)] if pairs else []), *(
+        f"Evaluated at commit {commit}, on {device}, torch {version}." for commit, device, version in sorted(made_by))])
+
+
 def plot(table, protocol, file, width=640, height=400):
     """Acc@1 over the batch size, a line for each loss, its bars one standard deviation long to each side."""
     lines = {}      # {loss: {batch size: (mean, deviation)}}
@@ -176,15 +184,10 @@ def main():
                         help="also draw the classic linear protocol there, or else another")
     args = parser.parse_args()
     try:
-        names, table, made_by = read(args.folder)
+        names, table, _ = read(args.folder)
+        print(report(args.folder))
     except InputError as error:
         parser.error(str(error))
-    print(markdown(names, table))
-    pairs = differences(names, table)
-    if pairs:
-        print("\n" + markdown(names, pairs))
-    for commit, device, version in sorted(made_by):
-        print(f"\nEvaluated at commit {commit}, on {device}, torch {version}.")
     if args.png and len(names) > 2:
         parser.error(f"--png: draws runs that differ in loss, batch size and seed, not in {', '.join(names[2:])}")
     if args.png:

@@ -1,0 +1,194 @@
+#!/usr/bin/env python3
+"""Does a small batch harm? Trains SimCLR and SogCLR with equal settings at several batch sizes, and compares them.
+
+    python scripts/experiments/batch_size.py gpu --data DIR      all of CIFAR-10, batch 32 to 512, the authors' settings
+    python scripts/experiments/batch_size.py cpu --data DIR      5,000 images of it, batch 16 to 256
+    python scripts/experiments/batch_size.py gamma --data DIR    the same, batch 16: which part of SogCLR helps
+    python scripts/experiments/batch_size.py search --data DIR   the settings, chosen on held-out training images
+
+Each run is pretrained by train.py and evaluated by lincls.py: with linear classifiers at eight learning rates, on
+features of random crops and on cached ones, and with kNN. All other flags are passed to train.py, for example
+`--epochs 60 --gamma 0.2`. The same command continues after an interruption and skips what is done, and runs with other
+settings may be added to the same --out; its results.md has the tables of them all.
+"""
+
+import itertools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import lincls
+import train
+from scripts.experiments import collect_results
+from sogclr import InputError
+from sogclr.flags import DATA_SETS, Parser, number
+
+ROOT, CORES = Path(train.__file__).resolve().parent, len(os.sched_getaffinity(0))
+STOPPED = 75        # exit code of a run that a signal has stopped and that is saved
+
+
+class Preset(NamedTuple):
+    """A study: flags of train.py and of what is compared. Each variant is a further set of runs with other flags."""
+
+    flags: str
+    batch_sizes: tuple
+    protocols: tuple            # flags of lincls.py for each
+    variants: tuple = ()
+    seeds: tuple = (1, 2, 3)
+    images: tuple = ()          # how many training and validation images to take, (): all
+    held_out: bool = False      # take the validation images from the training split
+
+
+RATES = "--lr 0.001 0.003 0.01 0.03 0.1 0.3 1 3"
+QUICK = f"{RATES} --features cached", "--knn"
+SMALL = "--stem imagenet --precision bf16 --warmup-epochs 1 --learning-rate-scaling sqrt --crop-min 0.2 --wd 1e-6"
+CPU = Preset(f"{SMALL} --epochs 12 --lr 0.075 --t 0.1", (16, 64, 256),
+             (f"{RATES} --batch-size 256 --epochs 10", *QUICK), images=(5000, 5000))
+PRESETS = {
+    "gpu": Preset("--epochs 200 --lr 1.0 --learning-rate-scaling linear --wd 1e-4 --t 0.3", (32, 64, 128, 256, 512),
+                  (RATES, *QUICK)),
+    "cpu": CPU,
+    "gamma": CPU._replace(batch_sizes=(16,), variants=(
+        "--gamma 1", "--gamma 0.2", "--t 0.05", "--t 0.05 --gamma 1", "--t 0.05 --gamma 0.2")),
+    "search": Preset(f"{SMALL} --epochs 10 --lr 0.15 --t 0.2", (64,), QUICK, (
+        "--t 0.1", "--t 0.4", "--lr 0.3", "--lr 0.075", "--lr 0.0375", "--t 0.1 --lr 0.075", "--t 0.07 --lr 0.075",
+        "--t 0.05 --lr 0.075", "--crop-min 0.08", "--wd 1e-4", "--gamma 0.5", "--gamma 0.2"),
+        seeds=(1,), images=(5000, 5000), held_out=True)}
+
+
+def parse():
+    """This script's flags, those that are not given from the preset, and the flags for train.py."""
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("preset", choices=PRESETS, help="which study; all that follows defaults to its settings")
+    parser.add_argument("--losses", nargs="+", default=("cl", "dcl"), choices=("cl", "dcl"), help="SimCLR, SogCLR")
+    parser.add_argument("--batch-sizes", nargs="+", type=number(int, "[2, inf)"), metavar="N")
+    parser.add_argument("--seeds", nargs="+", type=number(int, "[0, inf)"), metavar="N")
+    parser.add_argument("--images", nargs=2, type=number(int, "[1, inf)"), metavar=("TRAIN", "VAL"),
+                        help="take so many images of each split")
+    parser.add_argument("--data_name", default="cifar10", choices=DATA_SETS, help="data set")
+    parser.add_argument("--data", metavar="DIR", help="its folder (default: data/<data_name>)")
+    parser.add_argument("--out", type=os.path.abspath, metavar="DIR",
+                        help="runs, logs and results.md (default: saved_models/batch_size_<preset>)")
+    parser.add_argument("--jobs", default=1, type=number(int, "[1, inf)"), metavar="N", help="runs at a time")
+    parser.add_argument("--plan", action="store_true", help="print the commands and stop")
+    args, extra = parser.parse_known_args()
+    for name, value in PRESETS[args.preset]._asdict().items():
+        setattr(args, name, getattr(args, name, None) or value)
+    args.out = Path(args.out or ROOT / "saved_models" / f"batch_size_{args.preset}")
+    args.data = os.path.abspath(args.data or ROOT / "data" / args.data_name)
+    given = train.PARSER.parse_args(extra)
+    for name, flag in (("loss_type", "--losses"), ("batch_size", "--batch-sizes"), ("seed", "--seeds"),
+                       ("save_dir", "--out")):
+        if getattr(given, name) != train.PARSER.get_default(name):
+            parser.error(f"--{name.replace('_', '-')}: set by this script, give {flag}")
+    return parser, args, extra
+
+
+def part_of(args):
+    """The data flags of all runs, and the command that makes the folder of images first, or None."""
+    if not args.images:
+        return ["--data_name", args.data_name, "--data", args.data], None
+    source = args.data_name
+    if source == "folder":      # of which one --out may serve several
+        source = f"{Path(args.data).name}_{zlib.crc32(args.data.encode()):08x}"
+    folder = args.out / "_".join(["images", source, *map(str, args.images), *["held_out"] * args.held_out])
+    return ["--data_name", "folder", "--data", folder], [
+        "scripts/tools/make_subset.py", folder, "--data_name", args.data_name, "--data", args.data,
+        "--train", args.images[0], "--val", args.images[1], *["--held-out"] * args.held_out]
+
+
+def plan(args, extra, data):
+    """{name of a run: its [(command, file that exists once it is done)]}; a wrong flag exits with one line."""
+    runs = {}
+    common = [*data, "--image-size", 32, "--save_dir", args.out, "--resume", "auto", "--print-freq", 100]
+    for seed, variant, batch_size, loss in itertools.product(args.seeds, ("", *args.variants), args.batch_sizes,
+                                                             args.losses):
+        flags = ["--arch", "resnet18", "--workers", max(CORES // args.jobs, 1), "--save-freq", 1000,
+                 *args.flags.split(), *extra, *variant.split(), *common, "--loss_type", loss,
+                 "--batch-size", batch_size, "--seed", seed]
+        if loss == "cl":        # has no gamma, so runs that differ in it are one
+            flags += ["--gamma", train.PARSER.get_default("gamma")]
+        settings = train.PARSER.parse_args(list(map(str, flags)))
+        folder = args.out / train.run_name(settings)
+        runs[folder.name] = [(["train.py", *flags], folder / "results.json")]
+        for protocol in args.protocols:
+            flags = [*common, "--pretrained", folder / "checkpoint_last.pth.tar", "--seed", seed]
+            for name in ("arch", "stem", "workers", "precision"):
+                flags += [f"--{name}", getattr(settings, name)] if getattr(settings, name) else []
+            flags = [*map(str, flags), *protocol.split()]
+            runs[folder.name].append((["lincls.py", *flags], lincls.run_folder(lincls.PARSER.parse_args(flags))
+                                      / "results.json"))
+    return runs
+
+
+def run_all(runs, out, jobs):
+    """Run them, each with a log, some at a time. After a failure no more start; a signal goes to those that run.
+    Returns the exit code: the first that is not 0.
+    """
+    codes, processes = [], set()
+    env = {"OMP_NUM_THREADS": str(max(CORES // jobs, 1))} | os.environ
+
+    def stop(number, frame):
+        codes.append(STOPPED)
+        for process in list(processes):
+            process.send_signal(number)
+
+    def do(name):
+        for command, result in runs[name]:
+            if codes or result.exists():
+                continue
+            print(f"=> {command[0]}: {out / name}.log", flush=True)
+            with open(out / f"{name}.log", "a+") as log:
+                process = subprocess.Popen(python(command), cwd=ROOT, env=env, stdout=log, stderr=log)
+                processes.add(process)
+                if process.wait():
+                    codes.append(process.returncode)
+                    log.seek(0)
+                    print(f"=> code {process.returncode}, {log.name}: {log.readlines()[-1]}", end="", file=sys.stderr)
+                processes.remove(process)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    with ThreadPoolExecutor(jobs) as threads:
+        list(threads.map(do, runs))
+    return codes[0] if codes else 0
+
+
+def python(command):
+    return [sys.executable, *map(str, command)]
+
+
+def main():
+    parser, args, extra = parse()
+    data, make_images = part_of(args)
+    runs = plan(args, extra, data)
+    if args.plan:
+        commands = [command for steps in runs.values() for command, _ in steps]
+        print(*(shlex.join(map(str, command)) for command in [make_images, *commands] if command), sep="\n")
+        return
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if make_images and not make_images[1].exists() and (code := subprocess.call(python(make_images), cwd=ROOT)):
+            sys.exit(code)
+        if code := run_all(runs, args.out, args.jobs):
+            print(f"=> stopped with code {code}, the same command continues", file=sys.stderr)
+            sys.exit(code)
+        report = collect_results.report(args.out)
+        (args.out / "results.md").write_text(report + "\n")
+    except InputError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--out {args.out}: cannot be written: {error.strerror}")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
