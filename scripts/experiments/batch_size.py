@@ -108,12 +108,12 @@ def part_of(args):
 def plan(args, extra, data):
     """{name of a run: its [(command, file that exists once it is done)]}; a wrong flag exits with one line."""
     runs = {}
-    common = [*data, "--image-size", 32, "--save_dir", args.out, "--resume", "auto", "--print-freq", 100]
+    defaults = ["--arch", "resnet18", "--image-size", 32, "--workers", max(CORES // args.jobs, 1), "--save-freq", 1000,
+                "--print-freq", 100, *args.flags.split(), *extra]
+    common = [*data, "--save_dir", args.out, "--resume", "auto"]
     for seed, variant, batch_size, loss in itertools.product(args.seeds, ("", *args.variants), args.batch_sizes,
                                                              args.losses):
-        flags = ["--arch", "resnet18", "--workers", max(CORES // args.jobs, 1), "--save-freq", 1000,
-                 *args.flags.split(), *extra, *variant.split(), *common, "--loss_type", loss,
-                 "--batch-size", batch_size, "--seed", seed]
+        flags = [*defaults, *variant.split(), *common, "--loss_type", loss, "--batch-size", batch_size, "--seed", seed]
         if loss == "cl":        # has no gamma, so runs that differ in it are one
             flags += ["--gamma", train.PARSER.get_default("gamma")]
         settings = train.PARSER.parse_args(list(map(str, flags)))
@@ -121,8 +121,9 @@ def plan(args, extra, data):
         runs[folder.name] = [(["train.py", *flags], folder / "results.json")]
         for protocol in args.protocols:
             flags = [*common, "--pretrained", folder / "checkpoint_last.pth.tar", "--seed", seed]
-            for name in ("arch", "stem", "workers", "precision"):
-                flags += [f"--{name}", getattr(settings, name)] if getattr(settings, name) else []
+            for name in ("arch", "image_size", "stem", "workers", "precision"):
+                if getattr(settings, name) is not None:
+                    flags += [f"--{name.replace('_', '-')}", getattr(settings, name)]
             flags = [*map(str, flags), *protocol.split()]
             runs[folder.name].append((["lincls.py", *flags], lincls.run_folder(lincls.PARSER.parse_args(flags))
                                       / "results.json"))
@@ -133,7 +134,8 @@ def run_all(runs, out, jobs):
     """Run them, each with a log, some at a time. After a failure no more start; a signal goes to those that run.
     Returns the exit code: the first that is not 0.
     """
-    codes, processes = [], set()
+    codes, processes, begun = [], set(), itertools.count(1)
+    todo = sum(not result.exists() for steps in runs.values() for _, result in steps)
     env = {"OMP_NUM_THREADS": str(max(CORES // jobs, 1))} | os.environ
 
     def stop(number, frame):
@@ -145,14 +147,15 @@ def run_all(runs, out, jobs):
         for command, result in runs[name]:
             if codes or result.exists():
                 continue
-            print(f"=> {command[0]}: {out / name}.log", flush=True)
+            print(f"=> {next(begun)} of {todo}: {command[0]}, {out / name}.log", flush=True)
             with open(out / f"{name}.log", "a+") as log:
                 process = subprocess.Popen(python(command), cwd=ROOT, env=env, stdout=log, stderr=log)
                 processes.add(process)
                 if process.wait():
                     codes.append(process.returncode)
                     log.seek(0)
-                    print(f"=> code {process.returncode}, {log.name}: {log.readlines()[-1]}", end="", file=sys.stderr)
+                    last_line = log.read().strip().rpartition("\n")[2]
+                    print(f"=> code {process.returncode}, {log.name}: {last_line}", file=sys.stderr)
                 processes.remove(process)
 
     signal.signal(signal.SIGINT, stop)
