@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SogCLR on CIFAR-10 (downloaded when missing), ResNet-50 with the 3x3 stem, batch 64, 400 epochs, the authors' settings.
+# SogCLR on CIFAR-10 (downloaded if missing), ResNet-50 with the 3x3 stem, batch 64, 400 epochs, the authors' settings.
 # Needs: 1 GPU. --loss_type cl gives SimCLR. Hours: not measured, --dry-run estimates yours.
 # The authors report 91.78 linear top-1 (SimCLR: 90.66); we have not measured it.
 # Arguments are appended, so any flag can be overridden. The same command continues an interrupted run.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# SogCLR on ImageNet-1K, ResNet-50, batch 256, 800 epochs: the authors' command, at a free port instead of theirs.
+# SogCLR on ImageNet-1K, ResNet-50, batch 256, 800 epochs: the authors' command, on a free port instead of theirs.
 # Needs: 4 GPUs, DATA=folder with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG (default data/imagenet1000).
-# Hours: at best 57 on four A100, by arithmetic from the 2,500 images/s of ResNet-50 training that others report for
-# one; not measured here, --dry-run estimates yours.
+# Hours: at best 57 on four A100, extrapolated from the 2,500 images/s of ResNet-50 training that others report for one;
+# not measured here, --dry-run estimates yours.
 # The authors report 68.4 linear top-1 (README), 69.0 to 69.3 in later releases; we have not measured it.
 # Arguments are appended, so any flag can be overridden. The same command continues an interrupted run.
 set -euo pipefail

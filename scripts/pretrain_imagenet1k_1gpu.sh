@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The run of pretrain_imagenet1k.sh on one GPU: the same batch, and so the same result up to the rounding of sums.
-# Needs: 1 GPU that holds 256 pairs of views (--dry-run says what that takes), GPU=number (default 0), and DATA as there.
+# Needs: 1 GPU that fits 256 pairs of views (--dry-run reports the memory), GPU=number (default 0), and DATA as there.
 # Hours: four times those of four GPUs, at best 228 on an A100; not measured.
-# It should reach what that one reaches. Arguments are appended. The same command continues an interrupted run.
+# It should reach the same accuracy. Arguments are appended. The same command continues an interrupted run.
 set -euo pipefail
 CUDA_VISIBLE_DEVICES=${GPU:-0} exec bash "$(dirname "$0")/pretrain_imagenet1k.sh" "$@"

@@ -90,9 +90,9 @@ def test_other_architecture_is_refused():
             (resnet("resnet50"), {}, r'Missing key.*"layer1\.0\.conv3\.weight"'),
             (resnet("resnet18", "cifar"), {}, r"size mismatch for conv1\.weight: .*\[64, 3, 7, 7\]"),
             (resnet("resnet18"), {"prototypes": torch.zeros(1)}, r'Unexpected key.*"prototypes"')):
-        with pytest.raises(InputError, match=f"^file: does not fit this encoder, give its --arch: .*{message}"):
+        with pytest.raises(InputError, match=f"^file: does not match this encoder, pass its --arch: .*{message}"):
             load_encoder(model, state | other, "file")
-    with pytest.raises(InputError, match=r"file: holds no ResNet .* but 0\.bias, 0\.weight$"):
+    with pytest.raises(InputError, match=r"file: contains no ResNet .* found 0\.bias, 0\.weight$"):
         encoder_state({"state_dict": {"0.weight": torch.zeros(1), "0.bias": torch.zeros(1)}}, "file")
-    with pytest.raises(InputError, match="but no tensors"):
+    with pytest.raises(InputError, match="found no tensors"):
         encoder_state({"epoch": 3}, "file")

@@ -115,13 +115,13 @@ def test_what_cannot_be_collected(tmp_path, runs, monkeypatch, capsys):
 
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path / 'none'}: no such folder" in refusal(tmp_path / "none")
-    assert "holds no results.json of a pretrained encoder" in refusal(tmp_path / "empty")
+    assert "contains no results.json of a pretrained encoder" in refusal(tmp_path / "empty")
     for plot in (tmp_path / "none" / "plot.png", tmp_path, tmp_path / ("long" * 99)):
-        assert "argument --png: must be a file that can be written" in refusal(runs, "--png", plot)
+        assert "argument --png: must be a writable file in an existing folder" in refusal(runs, "--png", plot)
     again, first = runs / "zz again" / "results.json", runs / "cl_64_1" / "results.json"
     again.parent.mkdir()
     again.write_text(first.read_text())
-    assert f"{again}: has the pretraining's settings, the protocol and the seed of {first}" in refusal(runs)
+    assert f"{again}: has the same pretraining settings, protocol and seed as {first}" in refusal(runs)
     for text in (first.read_text()[:100], "null", '{"encoder": {"loss_type": "cl"}}'):
         again.write_text(text)
         assert f"{again}: cannot be read as a lincls.py result" in refusal(runs)

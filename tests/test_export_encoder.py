@@ -85,9 +85,9 @@ def test_detectron2_has_every_tensor_under_its_own_name(export, tmp_path):
 @pytest.mark.parametrize(("checkpoint", "out", "flags", "message"), [
     ("missing.pth", "out", [], "CHECKPOINT missing.pth: no such file"),
     ("text", "out", [], "CHECKPOINT text: not a checkpoint"),
-    ("head.pth", "out", [], "CHECKPOINT head.pth: holds no ResNet encoder"),
-    ("half.pth", "out", [], "CHECKPOINT half.pth: its 1 tensors are not those of any of torchvision's ResNets"),
-    ("cifar.pth", "text", [], "OUT text: is there already"),
+    ("head.pth", "out", [], "CHECKPOINT head.pth: contains no ResNet encoder"),
+    ("half.pth", "out", [], "CHECKPOINT half.pth: its 1 tensors match none of torchvision's ResNets"),
+    ("cifar.pth", "text", [], "OUT text: already exists"),
     ("cifar.pth", "nowhere/out", [], "OUT nowhere/out: cannot be written: No such file or directory"),
     ("cifar.pth", "out", ["--format", "detectron2"], "--format detectron2: cifar.pth has the cifar stem"),
     ("cifar.pth", "out", ["--format", "onnx"], "argument --format: invalid choice: 'onnx'")])

@@ -129,7 +129,7 @@ def test_neighbours_vote_as_the_paper_says(folder, capsys):
     assert len(set(expected.values())) == len(KS)       # each k decides something
     for chunk in (7, 4096):
         assert neighbours(0, 1, chunk, False) == expected
-    assert "the bank holds only 161 images, so k = 200 takes them all" in capsys.readouterr().out
+    assert "the bank has only 161 images, so k = 200 uses them all" in capsys.readouterr().out
     for rank in range(2):
         assert torch.load(folder / f"knn{rank}.pt") == [expected] * 2
 

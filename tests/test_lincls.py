@@ -216,7 +216,7 @@ def test_spoiled_weights_are_not_saved(flags, imagenet, tmp_path, capsys):
         call(lincls, *common, "--lr", 1e40, *flags)
     error = capsys.readouterr().err
     assert "a weight is not finite in epoch 0, step " in error
-    assert ": take a smaller learning rate than --lr 1e+40" in error
+    assert ": use a smaller learning rate than --lr 1e+40" in error
     for file in tmp_path.rglob("*.tar"):
         saved = torch.load(file, weights_only=True)["state_dict"]
         assert all(tensor.isfinite().all() for tensor in saved.values())

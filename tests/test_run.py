@@ -73,6 +73,6 @@ def test_run_is_not_overwritten(tmp_path):
     assert open_run(folder, "auto", ("epoch",)) == ("", {})
     checkpoint.save({"epoch": 1}, folder)
     assert open_run(folder, "auto", ("epoch",)) == (str(folder / checkpoint.LAST), {"epoch": 1})
-    with pytest.raises(InputError, match="already holds a run"):
+    with pytest.raises(InputError, match="already contains a run"):
         open_run(folder, "", ("epoch",))
     assert len((folder / "command.txt").read_text().splitlines()) == 2

@@ -225,9 +225,9 @@ def test_same_command_finds_its_run(imagenet, tmp_path):
     assert len(losses(call(train, *command, "--resume", "auto"))) == 3
     assert losses(call(train, *command, "--resume", "auto")) == []
     other = call(train, *command, "--resume", "auto", "--t", 0.2, "--dry-run")
-    assert not any("new one begins" in line for line in other)
+    assert not any("starting a new one" in line for line in other)
     other = call(train, *command, "--resume", "auto", "--t", 0.2)
-    assert any(line.endswith(f"a new one begins ({tmp_path} holds 1 with other settings)") for line in other)
+    assert any(line.endswith(f"starting a new one ({tmp_path} has 1 with other settings)") for line in other)
     refused = run("train.py", *command, ok=False)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "--resume auto" in refused.stderr
@@ -304,7 +304,7 @@ def test_dry_run_writes_nothing(imagenet, tmp_path):
 @pytest.mark.parametrize(("flags", "error"), [
     ("--wd 0.5", "made with --wd 1e-06, not 0.5; leave --wd out"),
     ("--lr 0.5", "made with --lr 0.075, not 0.5"),
-    ("--batch-size 6", "made with --batch-size 8, not 6; give --batch-size 8"),
+    ("--batch-size 6", "made with --batch-size 8, not 6; pass --batch-size 8"),
     ("--epochs 3", "made with --epochs 2, not 3"),
     ("--seed 6", "made with --seed 5, not 6"),
     ("--image-size 40", "made with --image-size 32, not 40"),
@@ -346,7 +346,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(imagenet, tmp_path, monkeypatch,
     monkeypatch.setattr(train.LARS, "step", lambda self, original=train.LARS.step: stepped.append(original(self)))
     with pytest.raises(SystemExit, match="2"):
         call(train, "--data", imagenet, *TINY, "--print-freq", 1000, "--epochs", 3, "--save_dir", tmp_path)
-    assert "the loss is nan in epoch 1, step 1 (ranks with projections that are not finite: 0)" in \
+    assert "the loss is nan in epoch 1, step 1 (ranks with non-finite projections: 0)" in \
         capsys.readouterr().err
     assert len(stepped) == 4
     assert load(tmp_path)["epoch"] == 1
@@ -460,7 +460,7 @@ def test_linear_evaluation(pretrained, imagenet, tmp_path, monkeypatch, capsys):
     other = newest(pretrained[1], "checkpoint_0000.pth.tar")
     with pytest.raises(SystemExit):
         call(lincls, *command, "--pretrained", other, "--resume", last)
-    assert "evaluates another encoder" in capsys.readouterr().err
+    assert "evaluates a different encoder" in capsys.readouterr().err
 
 
 def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_path):
@@ -472,7 +472,7 @@ def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_pat
     results = json.loads(results.read_text())
     assert results["encoder"] == made["settings"]
     assert 0 < results["pretraining_seconds"] <= made["seconds"] + 0.1
-    assert "=> note: the encoder was pretrained at 32 pixels, for that give --image-size 32" in \
+    assert "=> note: the encoder was pretrained at 32 pixels, to match pass --image-size 32" in \
         call(lincls, *command, "--image-size", 40)
 
 
@@ -500,9 +500,9 @@ def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypat
     foreign, other = tmp_path / "foreign.pth.tar", tmp_path / "other.pth.tar"
     torch.save({"epoch": 1, "state_dict": {}}, foreign)
     torch.save({"epoch": 1, "state_dict": {}, "settings": {"lr": 0.1}}, other)
-    for args, message in (((path, "--batch-sizes", 25), "--batch-sizes 25: only 24 images are looked at"),
+    for args, message in (((path, "--batch-sizes", 25), "--batch-sizes 25: only 24 images are used"),
                           ((path, "--data", imagenet / "val"), "has no folder 'train'"),
-                          ((foreign,), "lacks settings"), ((other,), "does not tell how it was trained")):
+                          ((foreign,), "lacks settings"), ((other,), "does not record how it was trained")):
         with pytest.raises(SystemExit, match="2"):
             bias(*args)
         assert message in capsys.readouterr().err
@@ -519,43 +519,43 @@ def test_shapes_and_unlabelled_folders(imagenet, tmp_path):
 BAD = [
     ("train.py", ["--data", "nowhere"], "--data nowhere: no such folder"),
     ("train.py", ["--data", "EMPTY"], "EMPTY: has no folder 'train'"),
-    ("train.py", ["--data", "EMPTY", "--data_name", "folder"], "holds no images"),
+    ("train.py", ["--data", "EMPTY", "--data_name", "folder"], "contains no images"),
     ("lincls.py", ["--pretrained", "missing.pth"], "--pretrained missing.pth: no such file"),
     ("lincls.py", ["--pretrained", "TEXT"], "TEXT: not a checkpoint"),
     ("lincls.py", ["-e"], "--evaluate: needs"),
     ("lincls.py", ["-e", "--resume", "auto"], "--evaluate: "),
     ("lincls.py", ["--finetune", "--features", "cached"], "--finetune: changes the encoder"),
-    ("lincls.py", ["--finetune", "--lr", "0.1", "0.2"], "--finetune: trains one network, give one --lr"),
-    ("lincls.py", ["--finetune", "--batch-size", "25"], "--finetune: --batch-size 25: the data set holds only 24"),
+    ("lincls.py", ["--finetune", "--lr", "0.1", "0.2"], "--finetune: trains one network, pass one --lr"),
+    ("lincls.py", ["--finetune", "--batch-size", "25"], "--finetune: --batch-size 25: the data set has only 24"),
     ("lincls.py", ["--knn", "--finetune"], "--knn: trains nothing"),
     ("lincls.py", ["--knn", "--resume", "OTHER"], "--knn: has nothing to resume"),
     ("lincls.py", ["--lr", "0.1", "0.10"], "--lr, --wd: a value is given twice"),
-    ("lincls.py", ["--encoder-lr", "0.1"], "--encoder-lr: belongs to --finetune"),
+    ("lincls.py", ["--encoder-lr", "0.1"], "--encoder-lr: needs --finetune"),
     ("lincls.py", ["--train-percent", "0"], "--train-percent: must be a number in (0, 100]"),
     ("lincls.py", ["--start-epoch", "90"], "--start-epoch 90: must be below --epochs 1"),
     ("train.py", ["--start-epoch", "900"], "--start-epoch 900: must be below --epochs 1"),
     ("train.py", ["--world-size", "0"], "--world-size 0: must be at least 1"),
     ("train.py", ["--arch", "resnet19"], "--arch: invalid choice"),
-    ("train.py", ["--batch-size", "25"], "--batch-size 25: the data set holds only 24"),
+    ("train.py", ["--batch-size", "25"], "--batch-size 25: the data set has only 24"),
     ("train.py", ["--batch-size", "1"], "--batch-size 1: "),
     ("train.py", ["--gamma", "0"], "--gamma: must be a number in (0, 1]"),
     ("train.py", ["--gamma", "1.5"], "--gamma: must be a number in (0, 1]"),
     ("train.py", ["--t", "0"], "--t: must be a number in (0, infinity)"),
     ("train.py", ["--t", "nan"], "--t: must be a number in (0, infinity)"),
-    ("train.py", ["--epochs", "-3"], "--epochs: must be a whole number in [1, infinity)"),
+    ("train.py", ["--epochs", "-3"], "--epochs: must be an integer in [1, infinity)"),
     ("train.py", ["--resume", "missing.pth"], "--resume missing.pth: no such file"),
     ("train.py", ["--resume", "OTHER", "--epochs", "2", "--data_name", "folder"],
      "made with --data_name imagenet1000, not folder"),
     ("train.py", ["--resume", "OTHER", "--epochs", "2", "--data", "ONE_CLASS"],
-     "was made on 24 images, but this data set holds 8"),
+     "was trained on 24 images, but this data set has 8"),
     ("train.py", ["--resume", "OTHER", "--arch", "resnet34"], "was made with --arch resnet18, not resnet34"),
     ("lincls.py", ["--pretrained", "OTHER", "--arch", "resnet50"], "was made with --arch resnet18, not resnet50"),
-    ("train.py", ["--gpu", "7"], "--gpu 7: this machine shows"),
-    ("train.py", ["--gpu", "0", "--multiprocessing-distributed"], "--gpu 0: this machine shows 0 GPUs"),
+    ("train.py", ["--gpu", "7"], "--gpu 7: this machine has"),
+    ("train.py", ["--gpu", "0", "--multiprocessing-distributed"], "--gpu 0: this machine has 0 visible GPUs"),
     ("train.py", ["--dist-backend", "nccl"], "--dist-backend nccl: needs GPUs"),
-    ("train.py", ["--resume", "EMPTY"], "--resume EMPTY: is a folder, give a file in it"),
+    ("train.py", ["--resume", "EMPTY"], "--resume EMPTY: is a folder, pass a file in it"),
     ("train.py", ["--resume", "TEXT"], "--resume TEXT: not a checkpoint"),
-    ("lincls.py", ["--resume", "OTHER"], "is not a checkpoint of this script"),
+    ("lincls.py", ["--resume", "OTHER"], "is not a checkpoint from this script"),
     ("train.py", ["--multiprocessing-distributed", "--dist-url", "USED"], "cannot be used (Address already in use)"),
     ("train.py", ["--world-size", "2", "--rank", "0", "--dist-url", "USED"], "cannot be used (Address already in use)"),
     ("train.py", ["--multiprocessing-distributed", "--dist-url", "localhost"], "--dist-url localhost: must be"),
@@ -565,9 +565,9 @@ BAD = [
     ("train.py", ["--world-size", "2", "--rank", "0", "--dist-url", "env://"], "variable MASTER_ADDR expected"),
     ("train.py", ["--world-size", "2", "--rank", "2", "--dist-url", "tcp://localhost:1"], "--rank 2: must be below"),
     ("train.py", ["--knn-freq", "1", "--data_name", "folder", "--data", "SUBSET"],
-     "--knn-freq 1: needs images with labels, leave the flag out where there are none; --data"),
+     "--knn-freq 1: needs labeled images, leave the flag out if there are none; --data"),
     ("train.py", ["--unknown"], "unrecognized arguments: --unknown"),
-    ("train.py", ["EMPTY"], "EMPTY (the data set's folder is given as --data "),
+    ("train.py", ["EMPTY"], "EMPTY (pass the data set's folder as --data "),
     ("train.py", ["--save_dir", "TEXT/below"], "--save_dir"),
 ]
 
@@ -615,7 +615,7 @@ def refused(script, flags, message, monkeypatch, capsys):
     ({"TORCHELASTIC_RUN_ID": "1"}, ["--gpu", "0"], "torchrun sets these, leave them out"),
     ({"WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
      ["--world-size", "2", "--rank", "0", "--dist-url", "env://"],
-     "--world-size 2: the environment says WORLD_SIZE=4, give that"),
+     "--world-size 2: the environment sets WORLD_SIZE=4, use that"),
 ])
 def test_contradictions_with_the_environment(environment, flags, message, monkeypatch, capsys):
     """What torchrun or the shell has set must not be overruled silently."""
@@ -630,7 +630,8 @@ def test_more_gpus_than_there_are(monkeypatch, capsys):
     """--gpu 7 of 4 must say which there are."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    refused("train.py", ["--gpu", "7"], "--gpu 7: this machine shows 4 GPUs, numbered 0 to 3", monkeypatch, capsys)
+    message = "--gpu 7: this machine has 4 visible GPUs, numbered 0 to 3"
+    refused("train.py", ["--gpu", "7"], message, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("module", [train, lincls])
@@ -653,7 +654,7 @@ def test_batch_that_ranks_cannot_share_is_refused(imagenet, tmp_path):
     done = run("train.py", "--data", imagenet, *TINY, "--batch-size", 9, "--save_dir", tmp_path, ok=False,
                launcher=torchrun)
     assert done.returncode != 0
-    assert done.stderr.count("--batch-size 9: 2 processes cannot share it equally") == 1
+    assert done.stderr.count("--batch-size 9: cannot be split equally over 2 processes") == 1
 
 
 def test_unreadable_image_ends_every_rank(imagenet, tmp_path):
