@@ -76,7 +76,7 @@ class Batch(NamedTuple):
 
 
 class _Batches(torch.utils.data.Dataset):
-    """Makes whole batches in a worker process, of uint8 images by default.
+    """Makes complete batches in a worker process, of uint8 images by default.
 
     image_set: an `ImageSet`; bad_images: "stop" at an image that cannot be read, or "skip" it.
     `bytes_per_image`: of what a worker returns.

@@ -38,7 +38,7 @@ def export(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 def test_torchvision_has_bit_equal_features(stem, export, tmp_path, capsys):
-    """Read safely, the file must lack the classifier alone, and without it be strictly a torchvision ResNet."""
+    """Loaded safely, the file must lack only the classifier, and otherwise be exactly a torchvision ResNet."""
     encoder = export("resnet18", stem).to(memory_format=torch.contiguous_format)
     assert f"out: resnet18 with {stem} stem, 120 tensors" in capsys.readouterr().out
     state = torch.load(tmp_path / "out", weights_only=True)
@@ -56,7 +56,7 @@ def test_torchvision_has_bit_equal_features(stem, export, tmp_path, capsys):
 
 
 def test_detectron2_has_every_tensor_under_its_own_name(export, tmp_path):
-    """All of detectron2's names for a ResNet-50, written down here anew, must hold the encoder's values."""
+    """All of detectron2's names for a ResNet-50, listed here independently, must have the encoder's values."""
     encoder = export("resnet50", "imagenet", "--format", "detectron2")
     with open(tmp_path / "out", "rb") as file:
         saved = pickle.load(file)

@@ -1,6 +1,6 @@
-"""The real scripts on real image files: what a user types, and what it prints.
+"""The real scripts on real image files: what a user types, and what they print.
 
-`run` starts a script as a user does; `call` runs its main in this process, which saves the start of torch.
+`run` starts a script as a user does; `call` runs its main in this process, which saves importing torch.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ SCHEDULE = {"epochs", "batch_size", "lr", "weight_decay", "momentum", "arch", "d
 
 @pytest.fixture(autouse=True, scope="module")
 def no_gpu():
-    """The same tests on every machine; what only a GPU shows is in test_gpu.py."""
+    """The same tests on every machine; those that need a GPU are in test_gpu.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -65,7 +65,7 @@ def call(module, *args):
     args = module.PARSER.parse_args(list(map(str, args)))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
         patch.setattr(sys, "argv", [module.__name__])
-        patch.setattr(os, "fsync", lambda _: None)      # the disk is not what is tested here
+        patch.setattr(os, "fsync", lambda _: None)      # the disk is not under test
         module.launch(module.main_worker, args)
     return output.getvalue().splitlines()
 
@@ -92,7 +92,7 @@ def pretrained(imagenet, tmp_path_factory):
 
 
 def test_the_authors_commands_are_the_defaults():
-    """Word for word, the authors' commands must parse, and ask for what the scripts do without any flag."""
+    """Word for word, the authors' commands must parse and request what the scripts do without any flag."""
     method = {"t", "gamma", "crop_min", "warmup_epochs", "optimizer", "dim", "mlp_dim", "num_proj_layers", "loss_type",
               "learning_rate_scaling"}
     for parser, command, keys in ((train.PARSER, PRETRAIN, SCHEDULE | method), (lincls.PARSER, LINEAR, SCHEDULE)):
@@ -102,7 +102,7 @@ def test_the_authors_commands_are_the_defaults():
 
 @pytest.mark.parametrize("script", ["train.py", "lincls.py"])
 def test_help_states_the_true_defaults(script):
-    """Each flag's help must state the parser's default, or say in words what is done without the flag."""
+    """Each flag's help must state the parser's default, or describe what happens without the flag."""
     text = "".join("".join(run(script, "--help")).split())
     parser = {"train.py": train, "lincls.py": lincls}[script].PARSER
     for action in parser._actions:
@@ -115,7 +115,7 @@ def test_help_states_the_true_defaults(script):
 
 
 def test_pretraining_writes_what_others_read(pretrained):
-    """Checkpoint names, keys, prefixes and shapes as in the authors' release; command line and TensorBoard beside."""
+    """Checkpoint names, keys, prefixes and shapes as in the authors' release; plus command line and TensorBoard."""
     lines, folder = pretrained
     run_folder = newest(folder).parent
     assert {path.name for path in run_folder.glob("*.tar")} == {
@@ -147,7 +147,7 @@ def test_pretraining_writes_what_others_read(pretrained):
 
 
 def test_seed_decides_everything(imagenet, tmp_path):
-    """Twice the same seed must give the same losses, two seeds different ones, whatever the number of workers."""
+    """The same seed must give the same losses, different seeds different ones, whatever the number of workers."""
     common = ["--data", imagenet, *TINY, "--epochs", 1]
     one = losses(call(train, *common, "--seed", 1, "--save_dir", tmp_path / "a"))
     again = losses(call(train, *common, "--seed", 1, "--save_dir", tmp_path / "b", "--workers", 0))
@@ -159,7 +159,7 @@ def test_seed_decides_everything(imagenet, tmp_path):
 
 def test_resumed_run_equals_uninterrupted(pretrained, imagenet, tmp_path):
     """--resume after the first epoch must print the second epoch's losses and end with the same weights, u and ages,
-    and the seconds must be those of both starts.
+    and the seconds must be the total of both starts.
     """
     lines, folder = pretrained
     first = newest(folder, "checkpoint_0000.pth.tar")
@@ -201,7 +201,7 @@ def test_knn_during_pretraining_changes_nothing(pretrained, imagenet, tmp_path, 
 
 
 def brute_force_knn(path, imagenet):
-    """kNN-20 of a checkpoint of TINY in percent, without any of our code but the centre crop."""
+    """kNN-20 of a checkpoint of TINY in percent, with none of our code but the center crop."""
     encoder = torchvision.models.resnet18()
     encoder.fc = torch.nn.Identity()
     state = torch.load(path, weights_only=True)["state_dict"]
@@ -269,9 +269,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_one_live_line_an_epoch_on_a_terminal(imagenet, tmp_path, monkeypatch):
-    """On a terminal each progress line must take the place of the one before, and the epoch's summary that of the last.
-    """
+def test_one_live_line_per_epoch_on_a_terminal(imagenet, tmp_path, monkeypatch):
+    """On a terminal each progress line must replace the one before, and the epoch's summary the last one."""
     monkeypatch.setattr(io, "StringIO", Terminal)
     monkeypatch.setenv("COLUMNS", "60")
     output = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path)
@@ -288,12 +287,12 @@ def test_one_live_line_an_epoch_on_a_terminal(imagenet, tmp_path, monkeypatch):
 
 
 def test_dry_run_writes_nothing(imagenet, tmp_path):
-    """It must go through real steps and say what all epochs will take, and leave no file."""
-    *_, estimate = lines = call(train, "--data", imagenet, *TINY, "--epochs", 800, "--save_dir", tmp_path, "--dry-run",
+    """It must run real steps, report what all epochs will take, and leave no file."""
+    *_, report = lines = call(train, "--data", imagenet, *TINY, "--epochs", 800, "--save_dir", tmp_path, "--dry-run",
                                 "--start-epoch", 5)
     assert len(losses(lines)) == 3
     found = re.match(r"=> 800 epochs will take about (\S+) minutes \((\d+) images/s, .* and (\S+) GiB in .* for 85 "
-                     "checkpoints", estimate)
+                     "checkpoints", report)
     minutes, speed, disk = map(float, found.groups())
     assert minutes == pytest.approx(800 * 24 / speed / 60, rel=0.6, abs=1)
     parameters = sum(tensor.nbytes for tensor in torchvision.models.resnet18().parameters())
@@ -314,7 +313,7 @@ def test_dry_run_writes_nothing(imagenet, tmp_path):
     ("--loss_type cl", "made with --loss_type dcl, not cl"),
     ("--optimizer adamw", "made with --optimizer lars, not adamw")])
 def test_conflicting_flags_at_a_resume(flags, error, pretrained, imagenet, tmp_path, capsys):
-    """A setting that decides the numbers must be the checkpoint's; the error names both values."""
+    """A setting that affects results must be the checkpoint's; the error names both values."""
     first = newest(pretrained[1], "checkpoint_0000.pth.tar")
     with pytest.raises(SystemExit, match="2"):
         call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path, "--resume", first, *flags.split())
@@ -322,7 +321,7 @@ def test_conflicting_flags_at_a_resume(flags, error, pretrained, imagenet, tmp_p
 
 
 def test_the_authors_checkpoints_resume(pretrained, imagenet, tmp_path):
-    """A file with their keys only, numpy numbers, and an estimator of one row more must continue as our own does."""
+    """A file with their keys only, numpy numbers, and an estimator with an extra row must resume like our own."""
     lines, folder = pretrained
     ours = torch.load(newest(folder, "checkpoint_0000.pth.tar"), weights_only=True)
     theirs = {key: ours[key] for key in ("epoch", "arch", "state_dict", "optimizer", "scaler")}
@@ -335,7 +334,7 @@ def test_the_authors_checkpoints_resume(pretrained, imagenet, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(imagenet, tmp_path, monkeypatch, capsys):
-    """Before that step's gradient, with the place and the rank; checkpoints and weights stay finite."""
+    """Before that step's gradient, with the step and the rank; checkpoints and weights stay finite."""
     class Spoiling(train.GlobalContrastiveLoss):
         def forward(self, z1, z2, index):
             return super().forward(z1 * float("nan") if spoil() else z1, z2, index)
@@ -354,7 +353,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(imagenet, tmp_path, monkeypatch,
 
 
 def test_spoiled_weights_are_not_saved(imagenet, tmp_path, monkeypatch, capsys):
-    """Weights that a finite loss's last step has spoiled must not be written."""
+    """Weights corrupted by the last step of a finite loss must not be written."""
     monkeypatch.setattr(train, "lr_at", lambda epoch, *_: float("nan") if epoch > 1.5 else 0.1)
     with pytest.raises(SystemExit, match="2"):
         call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path)
@@ -380,7 +379,7 @@ def test_every_flag_of_lincls_has_an_effect(flags, imagenet, tmp_path):
     (["--stem", "cifar", "--precision", "bf16"], ()),
 ])
 def test_flags_reach_the_model(imagenet, tmp_path, flags, changes):
-    """Every choice must train and leave its mark in the checkpoint."""
+    """Every choice must train and be visible in the checkpoint."""
     call(train, "--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path, *flags)
     saved = load(tmp_path)
     state = saved["state_dict"]
@@ -393,7 +392,7 @@ def test_flags_reach_the_model(imagenet, tmp_path, flags, changes):
 
 
 def test_two_processes_started_by_hand(imagenet, tmp_path):
-    """--world-size, --rank and --dist-url must make two processes one run, without torchrun."""
+    """--world-size, --rank and --dist-url must join two processes in one run, without torchrun."""
     url = f"tcp://localhost:{free_port()}"
     command = [sys.executable, ROOT / "train.py", "--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path,
                "--world-size", 2, "--dist-url", url, "--dist-backend", "gloo", "--rank"]
@@ -408,9 +407,8 @@ def test_two_processes_started_by_hand(imagenet, tmp_path):
 
 @pytest.mark.parametrize("script", ["train.py", "lincls.py"])
 def test_torchrun_with_two_processes(script, pretrained, imagenet, tmp_path):
-    """Two processes must share the batch and print one log; train.py resumes bit-equal and reports the kNN accuracy of
-    the encoder that is saved, and lincls.py, whose features do not depend on the batch, must give the classifier of one
-    process.
+    """Two processes must split the batch and print one log; train.py must resume bit-equal and report the kNN accuracy
+    of the saved encoder, and lincls.py, whose features do not depend on the batch, must give one process's classifier.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     if script == "train.py":
@@ -455,7 +453,7 @@ def test_linear_evaluation(pretrained, imagenet, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     evaluated = call(lincls, *command, "--epochs", 3, "-e", "--resume", last)[-1]
     assert evaluated.split("Acc@1")[1] in scores[-1]
-    # the checkpoint alone will do, and another encoder will not
+    # the checkpoint alone suffices, and another encoder is refused
     assert call(lincls, "--data", imagenet, *TINY[:4], "-e", "--resume", last)[-1] == evaluated
     other = newest(pretrained[1], "checkpoint_0000.pth.tar")
     with pytest.raises(SystemExit):
@@ -464,7 +462,7 @@ def test_linear_evaluation(pretrained, imagenet, tmp_path, monkeypatch, capsys):
 
 
 def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_path):
-    """The results must tell the pretraining's settings and seconds, and another image size must be pointed out."""
+    """The results must record the pretraining's settings and seconds, and another image size must be reported."""
     source = newest(pretrained[1], "checkpoint_0001.pth.tar")
     command = ["--pretrained", source, "--data", imagenet, *TINY, "--knn", "--save_dir", tmp_path]
     assert not any("pretrained at" in line for line in call(lincls, *command))
@@ -477,8 +475,8 @@ def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_pat
 
 
 def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypatch, capsys):
-    """It must show each loss at each batch; in one batch of all images neither SogCLR's gradient nor the score by
-    BatchNorm's batch is off. What it cannot take is one line.
+    """It must show each loss at each batch size; with one batch of all images neither SogCLR's gradient nor the score
+    with BatchNorm's batch statistics is off. Invalid input gives one line.
     """
     def bias(*args):
         monkeypatch.setattr(sys, "argv", ["gradient_bias.py", *map(str, args)])
@@ -493,7 +491,7 @@ def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypat
                                           ["g among a BatchNorm batch", "0.1", ""]]
     assert all(re.fullmatch(r"\d+\.\d°, \d+\.\d\d", cell) for row in rows[:3] for cell in row[4:6])
     assert rows[1][5] == "0.0°, 0.00"
-    assert rows[2][5] != rows[1][5]         # u knows other views
+    assert rows[2][5] != rows[1][5]         # u has seen other views
     assert float(rows[3][4]) < float(rows[3][5]) == 1
     assert remark[0].startswith("20 images, 3 visits, 3 passes; ")
 
@@ -508,7 +506,7 @@ def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypat
         assert message in capsys.readouterr().err
 
 
-def test_shapes_and_unlabelled_folders(imagenet, tmp_path):
+def test_shapes_and_unlabeled_folders(imagenet, tmp_path):
     """`shapes` needs no data; `folder` needs no classes."""
     tiny = [*TINY, "--batch-size", 500, "--epochs", 1, "--save_dir", tmp_path]
     assert len(losses(call(train, "--data_name", "shapes", *tiny))) == 5
@@ -596,7 +594,7 @@ def test_bad_input_is_one_line(script, flags, message, pretrained, imagenet, use
 
 
 def refused(script, flags, message, monkeypatch, capsys):
-    """Run a script in this process; it must end with exit code 2 and one line that holds the message."""
+    """Run a script in this process; it must exit with code 2 and one line that contains the message."""
     module = {"train.py": train, "lincls.py": lincls}[script]
     monkeypatch.setattr(sys, "argv", [script])
     monkeypatch.setattr(module.PARSER, "prog", script)
@@ -618,7 +616,7 @@ def refused(script, flags, message, monkeypatch, capsys):
      "--world-size 2: the environment sets WORLD_SIZE=4, use that"),
 ])
 def test_contradictions_with_the_environment(environment, flags, message, monkeypatch, capsys):
-    """What torchrun or the shell has set must not be overruled silently."""
+    """What torchrun or the shell has set must not be overridden silently."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -627,7 +625,7 @@ def test_contradictions_with_the_environment(environment, flags, message, monkey
 
 
 def test_more_gpus_than_there_are(monkeypatch, capsys):
-    """--gpu 7 of 4 must say which there are."""
+    """--gpu 7 of 4 must report which there are."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     message = "--gpu 7: this machine has 4 visible GPUs, numbered 0 to 3"
@@ -636,7 +634,7 @@ def test_more_gpus_than_there_are(monkeypatch, capsys):
 
 @pytest.mark.parametrize("module", [train, lincls])
 def test_numbers_out_of_range_are_refused(module, capsys):
-    """Each numeric flag must refuse what lies outside its range, what is no number, and nan."""
+    """Each numeric flag must refuse values outside its range, non-numbers, and nan."""
     numeric = [action for action in module.PARSER._actions if callable(action.type)]
     assert len(numeric) >= 12
     for action in numeric:
@@ -648,7 +646,7 @@ def test_numbers_out_of_range_are_refused(module, capsys):
             assert error.count("\n") == 1
 
 
-def test_batch_that_ranks_cannot_share_is_refused(imagenet, tmp_path):
+def test_batch_that_ranks_cannot_split_is_refused(imagenet, tmp_path):
     """Under two processes an odd batch must end all of them with one line."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run("train.py", "--data", imagenet, *TINY, "--batch-size", 9, "--save_dir", tmp_path, ok=False,
@@ -658,7 +656,7 @@ def test_batch_that_ranks_cannot_share_is_refused(imagenet, tmp_path):
 
 
 def test_unreadable_image_ends_every_rank(imagenet, tmp_path):
-    """A broken file in one rank's share must end both ranks at once, with the line that names it."""
+    """A broken file in one rank's local batch must end both ranks at once, with the line that names it."""
     for k in range(8):
         source = imagenet / "train" / "n01440764" / f"n01440764_{k}.JPEG"
         (tmp_path / f"{k}.jpg").write_bytes(source.read_bytes() if k != 3 else b"broken")
@@ -671,7 +669,7 @@ def test_unreadable_image_ends_every_rank(imagenet, tmp_path):
 
 @pytest.mark.parametrize("script", ["train.py", "lincls.py"])
 def test_unreadable_image_ends_a_process_with_workers(script, imagenet, tmp_path):
-    """The line, and an end although the workers leave signals to their rank."""
+    """The line, and the process must end although the workers leave signals to their rank."""
     shutil.copytree(imagenet, tmp_path / "data")
     (tmp_path / "data" / "train" / "n01440764" / "n01440764_3.JPEG").write_bytes(b"broken")
     done = run(script, "--data", tmp_path / "data", *TINY, "--workers", 2, "--save_dir", tmp_path / "saved", ok=False)
@@ -682,7 +680,7 @@ def test_unreadable_image_ends_a_process_with_workers(script, imagenet, tmp_path
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "scripts").glob("pretrain_*.sh")))
 def test_recipes_take_overrides(recipe, imagenet, tmp_path):
-    """Each recipe must run as it is, with flags appended: here on few small images, as a dry run."""
+    """Each recipe must run unchanged, with flags appended: here on few small images, as a dry run."""
     env = os.environ | {"PYTHON": sys.executable, "DATA": str(imagenet), "SAVE_DIR": str(tmp_path), "GPUS": "2",
                         "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", ROOT / "scripts" / recipe, *TINY, "--data_name", "imagenet1000", "--dry-run"]
@@ -692,7 +690,7 @@ def test_recipes_take_overrides(recipe, imagenet, tmp_path):
 
 
 def test_imagenet100_is_linked(tmp_path):
-    """The subset must hold the authors' 100 classes of both splits; an incomplete tree must be refused."""
+    """The subset must contain the authors' 100 classes in both splits; an incomplete tree must be refused."""
     classes = (ROOT / "scripts" / "tools" / "imagenet100_classes.txt").read_text().split()
     assert len(set(classes)) == 100
     for split in ("train", "val"):
