@@ -321,9 +321,9 @@ def dry_run_report(args, progress, state, device):
     if device.type == "cuda":
         torch.cuda.synchronize()
         memory = (f"{torch.cuda.max_memory_reserved() / 2**30:.1f} of "
-                  f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB on each GPU")
+                  f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB per GPU")
     else:
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB without the workers"
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB excluding workers"
     hours = args.epochs * progress.steps * progress.seconds_per_step / 3600
     duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
     kept = 2 + sum(checkpoint_is_kept(args, epoch) for epoch in range(args.epochs))      # 2: _last and _previous

@@ -2,8 +2,8 @@
 
 Start reading at `train.py`. Modules: `loss` (the method), `builder` (the model), `optimizer` (LARS), `datasets`,
 `files`, `shapes` and `loader` (data), `augment` (color, on the device), `features`, `classifiers`, `knn` and `subset`
-(evaluation), `distributed` (communication), `launch` (how processes start and end), `run`, `checkpoint`,
-`report`, `meters` and `flags` (the run).
+(evaluation), `distributed` (communication), `launch` (how processes start and end), `run`, `checkpoint`, `report`,
+`meters` and `flags` (the run).
 """
 
 

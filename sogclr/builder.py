@@ -74,7 +74,7 @@ ENCODER_PREFIXES = (
     "module.encoder_q.",        # MoCo v1 and v2: the query encoder, not the key encoder
     "encoder_q.",               # the same in Lightning
     "module.encoder.",          # SimSiam
-    "module.backbone.",         # Barlow Twins, VICReg and others that name their parts
+    "module.backbone.",         # Barlow Twins, VICReg and others with named parts
     "backbone.",                # solo-learn and other Lightning modules
     "encoder.",                 # Lightning modules
     "model.",                   # Lightning modules around one torchvision model

@@ -30,7 +30,7 @@ class Writer:
 
     folder: the run's, None to write nothing; minutes: between two saves within an epoch, 0 for none.
     A failed save (e.g. on a full disk) is reported and leaves earlier files intact; training continues.
-    A context manager that closes it on exit.
+    A context manager, closed on exit.
     """
 
     def __init__(self, folder, minutes=0.0):

@@ -61,8 +61,8 @@ class Classifiers(nn.ModuleList):
         return saved
 
     def restore(self, saved, source):
-        """Load the classifiers from a checkpoint. Raises InputError, starting with `source`, the flag and file, if it
-        has other classifiers than these.
+        """Load the classifiers from a checkpoint. Raises InputError, starting with `source`, the flag and file, if they
+        do not match these.
         """
         state = remove_ddp_prefix(saved["state_dict"])
         head = {name: state.get(f"fc.{name}", torch.empty(0, 0)) for name in ("weight", "bias")}

@@ -127,7 +127,7 @@ def all_gather(tensor):
 def gather(tensor):
     """[n, ...] on each rank, with n differing by rank -> [N, ...] in rank order, on every rank.
 
-    Holds the result and, until it returns, only the tensor itself.
+    Holds only the result and, until it returns, the tensor itself.
     """
     if world_size() == 1:
         return tensor

@@ -219,13 +219,13 @@ class _Signals:
 class _StopSignals(_Signals):
     """In a rank: the first signal asks the run to finish its step and save, another ends it at once."""
 
-    first = answer = None       # answer: waits for whether other ranks have been asked
+    first = answer = None       # answer: a function that waits for the ranks' answer
 
     def hear(self, number, again):
         if again:
             self.end_at_once(number)
         if local_rank() == 0:
-            _say(f"=> {signal.Signals(number).name}: stops after this step and saves; another one stops at once")
+            _say(f"=> {signal.Signals(number).name}: stops after this step and saves; a second signal stops at once")
 
 
 class _ForwardedSignals(_Signals):

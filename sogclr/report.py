@@ -21,7 +21,7 @@ THUMBNAIL = 32      # pixels per side; TensorBoard needs 1000 of them in one ima
 
 
 class Events:
-    """A run's TensorBoard log, written only on rank 0. A context manager that closes it on exit.
+    """A run's TensorBoard log, written only on rank 0. A context manager, closed on exit.
 
     folder: the run's, None for no log; purge_step: step from which an earlier start's events are purged, None for none.
     If it cannot be written (a full disk, a deleted folder), this is reported once, and the run continues.

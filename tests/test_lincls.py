@@ -75,8 +75,8 @@ def test_the_authors_read_the_checkpoint_of_one(linear):
 
 
 def test_cached_features_are_those_of_center_crops(linear, monkeypatch):
-    """Up to half precision the quick protocol must equal the classic one on center crops, and report that it is not
-    the one on random crops.
+    """Up to half precision the quick protocol must equal the classic one on center crops, and report that it is not the
+    one on random crops.
     """
     folder, lines = linear("--features", "cached")
     assert sum("the quick protocol, not the classic one" in line for line in lines) == 1

@@ -289,7 +289,7 @@ def test_one_live_line_per_epoch_on_a_terminal(imagenet, tmp_path, monkeypatch):
 def test_dry_run_writes_nothing(imagenet, tmp_path):
     """It must run real steps, report what all epochs will take, and leave no file."""
     *_, report = lines = call(train, "--data", imagenet, *TINY, "--epochs", 800, "--save_dir", tmp_path, "--dry-run",
-                                "--start-epoch", 5)
+                              "--start-epoch", 5)
     assert len(losses(lines)) == 3
     found = re.match(r"=> 800 epochs will take about (\S+) minutes \((\d+) images/s, .* and (\S+) GiB in .* for 85 "
                      "checkpoints", report)

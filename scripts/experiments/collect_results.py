@@ -35,7 +35,7 @@ def read(folder):
 
     Returns the names of the settings in which its runs differ, and {their values: {column: {seed: value}}}; a column is
     a protocol, its value the Acc@1 in percent, or "minutes", those of the pretraining. A third item is the set of
-    (commit, device, torch's version) of the evaluations.
+    (commit, device, torch version) of the evaluations.
     Raises InputError if there is none, if one cannot be read, or if two would be the same entry.
     """
     if not folder.is_dir():

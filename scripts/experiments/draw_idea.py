@@ -87,7 +87,7 @@ def memory(x, y, cell=24, count=11, chosen=4):
 
 
 def curve(left, top, width, height):
-    """What SimCLR and SogCLR divide by, over the visits of one image."""
+    """The denominators of SimCLR and SogCLR over the visits of one image."""
     true, batches, averages = simulate()
     low, high = min(batches.min(), true) - 0.1, max(batches.max(), true) + 0.1
 
