@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Evaluation of an encoder: of its frozen features, by linear classifiers or nearest neighbors, or after fine-tuning.
+"""Evaluate an encoder: its frozen features, by linear classifiers or nearest neighbors, or after fine-tuning.
 
-The encoder of a run of train.py, on ImageNet-1K with the usual protocol (the defaults):
+An encoder from train.py, on ImageNet-1K with the usual protocol (the defaults):
     python lincls.py --data DIR --pretrained saved_models/RUN/checkpoint_0799.pth.tar
 
-A randomly initialized encoder, to compare with: leave out --pretrained.
+A randomly initialized encoder, for comparison: leave out --pretrained.
 
-Eight learning rates in one pass, the quick protocol, no training at all, and all layers on a tenth of the images:
+Eight learning rates in one pass, the quick protocol, no training at all, and fine-tuning on 10 % of the images:
     python lincls.py --data DIR --pretrained ... --lr 0.03 0.1 0.3 1 3 10 30 100
     python lincls.py --data DIR --pretrained ... --features cached
     python lincls.py --data DIR --pretrained ... --knn
@@ -41,71 +41,71 @@ from sogclr.subset import Subset, balanced_indices
 
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "best_acc1", "best_epoch")
 PROTOCOL_FLAGS = ("features", "train_percent", "finetune", "encoder_lr")
-# What a resumed run must share with its checkpoint, since it changes the numbers.
+# Settings that a resumed run must share with its checkpoint, since they change the results.
 RESUME_FLAGS = ("arch", "image_size", "batch_size", "epochs", "lr", "momentum", "weight_decay", "precision", "seed",
                 *PROTOCOL_FLAGS)
 
 
 def build_parser():
-    parser = Parser("Evaluation of a pretrained encoder: linear (the default), by nearest neighbors, or fine-tuned")
+    parser = Parser("Evaluation of a pretrained encoder: linear (default), nearest neighbors, or fine-tuning")
     groups = add_shared_flags(
         parser, batch_size=1024, epochs=90, lr=0.1, weight_decay=0.0, momentum_of="SGD", several=True,
-        lr_help="base learning rate, times B / 256")
+        lr_help="base learning rate, multiplied by B / 256")
     groups["model"].add_argument("--pretrained", default="", metavar="PATH",
-                       help="checkpoint of train.py, of the authors' release, MoCo, SimSiam, Lightning or torchvision "
-                            "(default: none, a random encoder)")
-    protocol = parser.add_argument_group("protocol", "Without any of these: the linear evaluation of MoCo v3.")
+                               help="checkpoint from train.py, the authors' release, MoCo, SimSiam, Lightning or "
+                                    "torchvision (default: none, a random encoder)")
+    protocol = parser.add_argument_group("protocol", "Without any of these flags: linear evaluation as in MoCo v3.")
     protocol.add_argument("--features", default="augmented", choices=("augmented", "cached"),
-                          help="of the frozen encoder: augmented are those of new random crops in each epoch, the "
-                               "classic protocol; cached are computed once, of center crops, and kept in memory, the "
-                               "quick protocol")
+                          help="frozen features: augmented recomputes them from new random crops in each epoch, the "
+                               "classic protocol; cached computes them once from center crops and keeps them in "
+                               "memory, the quick protocol")
     protocol.add_argument("--knn", action="store_true",
-                          help="no training: a validation image's class is that of its 20 or 200 nearest training "
-                               "images (weighted, temperature 0.07)")
+                          help="no training: classify validation images by their 20 or 200 nearest training images "
+                               "(weighted, temperature 0.07)")
     protocol.add_argument("--train-percent", default=100.0, type=number(float, "(0, 100]"), metavar="P",
-                          help="part of the training images to use, the same number of each class, drawn by the seed "
-                               "and listed in train_subset.txt")
-    protocol.add_argument("--finetune", action="store_true", help="train the encoder too, all layers")
+                          help="percentage of the training images to use, the same number per class, chosen by the "
+                               "seed and listed in train_subset.txt")
+    protocol.add_argument("--finetune", action="store_true", help="also train the encoder, all layers")
     protocol.add_argument("--encoder-lr", type=number(float, "(0, inf)"), metavar="LR",
-                          help="with --finetune: the encoder's base learning rate, times B / 256 as --lr is (default: "
-                               "a tenth of --lr)")
+                          help="with --finetune: the encoder's base learning rate, scaled like --lr (default: a tenth "
+                               "of --lr)")
     groups["run"].add_argument("-e", "--evaluate", action="store_true",
                                help="only evaluate the classifier given by --resume on the validation set")
     return parser
 
 
 def check(args):
-    """Raise InputError where flags contradict each other."""
+    """Raise InputError if flags contradict each other."""
     several = len(grid(args)) > 1
     refuse(
         (args.evaluate and not args.resume,
-         "-e/--evaluate: needs the classifier to evaluate, give its checkpoint with --resume"),
+         "-e/--evaluate: needs a classifier to evaluate, pass its checkpoint with --resume"),
         (len(set(grid(args))) < len(grid(args)), "--lr, --wd: a value is given twice"),
         (args.finetune and args.features == "cached",
-         "--finetune: changes the encoder, so its features cannot be kept, leave out --features cached"),
-        (args.finetune and several, "--finetune: trains one network, give one --lr and one --wd"),
+         "--finetune: changes the encoder, so its features cannot be cached, leave out --features cached"),
+        (args.finetune and several, "--finetune: trains one network, pass one --lr and one --wd"),
         (args.knn and (args.finetune or several or args.features == "cached"),
          "--knn: trains nothing, leave out --finetune, --features cached and several values of --lr and --wd"),
         (args.knn and (args.evaluate or args.resume not in ("", "auto")),
-         "--knn: has nothing to resume or evaluate, leave out -e and --resume (--pretrained takes any checkpoint)"),
-        (args.encoder_lr and not args.finetune, "--encoder-lr: belongs to --finetune, give that too"))
+         "--knn: has nothing to resume or evaluate, leave out -e and --resume (--pretrained accepts any checkpoint)"),
+        (args.encoder_lr and not args.finetune, "--encoder-lr: needs --finetune, pass that too"))
 
 
 def grid(args):
-    """[(learning rate, weight decay)] of each classifier: every value of --lr with every value of --wd."""
+    """[(learning rate, weight decay)] of each classifier: every combination of --lr and --wd."""
     return list(itertools.product(*(value if isinstance(value, list) else [value]
                                     for value in (args.lr, args.weight_decay))))
 
 
 def protocol(args):
-    """What is done, for people."""
+    """The protocol's name, for people."""
     name = "kNN evaluation" if args.knn else "fine-tuning" if args.finetune else "linear evaluation"
     return (name + " with cached features" * (args.features == "cached")
             + (f" on {args.train_percent:g} % of the training images" if args.train_percent < 100 else ""))
 
 
 def run_folder(args):
-    """The run's folder, named after the encoder and the settings, so that the same command finds its own run again."""
+    """The run's folder, named after the encoder and the settings, so that the same command finds its run again."""
     if args.pretrained:
         source = Path(args.pretrained).resolve()
         encoder, part = source.parent.name, source.name.split(".")[0]
@@ -131,7 +131,7 @@ def main_worker(args, device):
 
 
 class Evaluation:
-    """What every protocol starts from: the data, the run, the encoder and its classifiers."""
+    """What every protocol needs: the data, the run, the encoder and its classifiers."""
 
     def __init__(self, args, device):
         self.args, self.device, self.started = args, device, time.perf_counter()
@@ -139,11 +139,11 @@ class Evaluation:
         self.classes, image_size = self.train_data.images.classes, self.train_data.image_size
         fingerprint = f"{self.train_data.fingerprint}, and for validation {self.val_data.fingerprint}"
 
-        # The run's folder, the checkpoint to continue from, and the encoder.
+        # The run's folder, the checkpoint to resume from, and the encoder.
         self.run = run = Run(args, run_folder(args), CHECKPOINT_KEYS, "" if args.knn else args.resume,
                              write=not args.evaluate)
         if args.evaluate and not run.saved:
-            raise InputError(f"-e/--evaluate: {run.folder} holds no run yet, give a checkpoint with --resume PATH")
+            raise InputError(f"-e/--evaluate: {run.folder} has no run yet, pass a checkpoint with --resume PATH")
         pretrained, self.pretraining = read_encoder(args, run)
         if args.train_percent < 100:
             images = self.train_data.images
@@ -159,15 +159,15 @@ class Evaluation:
         precision, dtype = resolve_precision(args.precision, device)
         network = resnet(args.arch, stem)
         num_features, network.fc = network.fc.in_features, nn.Identity()
-        rows = run.saved.get("classifiers", ()) if args.evaluate else ()        # all that the file holds
+        rows = run.saved.get("classifiers", ()) if args.evaluate else ()        # all that are in the file
         pairs = [(row["lr"], row["weight_decay"]) for row in rows] or grid(args)
         self.classifiers = Classifiers(num_features, len(self.classes), pairs).to(device)
         if pretrained:
             load_encoder(network, pretrained, run.source if run.saved else f"--pretrained {args.pretrained}")
-        # The crops are channels_last already, and gradients want the layout of their weights.
+        # The crops are already channels_last, and gradients should have the layout of their weights.
         network.to(memory_format=torch.channels_last if args.finetune else memory_format(device, dtype))
         self.encoder = Encoder(network, Normalize(self.train_data.mean, self.train_data.std), dtype).to(device)
-        self.encoder.requires_grad_(args.finetune).eval()   # frozen BatchNorm too: its statistics are the encoder's
+        self.encoder.requires_grad_(args.finetune).eval()   # BatchNorm too uses the encoder's statistics
 
         self.settings = vars(args) | {"seed": run.seed, "precision": precision, "stem": stem, "image_size": image_size,
                                       "images": fingerprint,
@@ -179,20 +179,20 @@ class Evaluation:
             + f", run folder {run.folder}" * (not args.evaluate))
         trained_at = (self.pretraining["encoder"] or {}).get("image_size", image_size)
         if trained_at != image_size:
-            log(f"=> note: the encoder was pretrained at {trained_at} pixels, for that give --image-size {trained_at}")
+            log(f"=> note: the encoder was pretrained at {trained_at} pixels, to match pass --image-size {trained_at}")
 
     @torch.inference_mode()
     def encode(self, images):
-        """uint8 [b, 3, H, W] -> float32 [b, C], by the encoder as it is now."""
+        """uint8 [b, 3, H, W] -> float32 [b, C], by the encoder's current weights."""
         return self.encoder(images)
 
     def loader(self, data, augment=False, **order):
-        """Batches (images, labels) of a data set, by default of center crops in its own order."""
+        """Batches (images, labels) of a data set, by default center crops in the data set's order."""
         batches = LabeledBatches(data, self.run.seed, augment, self.args.bad_images)
         return Loader(batches, self.args.batch_size, self.args.workers, self.device, **order)
 
     def write_results(self, path, **measured):
-        """The run's record for machines. `encoder`: the settings of its pretraining, if that was by train.py."""
+        """Write the run's results as JSON. `encoder`: its pretraining settings, if pretrained by train.py."""
         log(f"=> {path}" + ": replaces that of an earlier run" * path.exists())
         report.write_json(path, {
             "protocol": protocol(self.args), "pretrained": self.args.pretrained or None, **self.pretraining,
@@ -202,29 +202,29 @@ class Evaluation:
 
 
 def read_encoder(args, run):
-    """The encoder's tensors (None for a random one), of --resume or else of --pretrained, and what the results say of
-    its pretraining. Raises InputError where --resume continues with another encoder than --pretrained.
+    """Load the encoder's tensors (None for a random one) from --resume or else --pretrained, and what the results
+    record of its pretraining. Raises InputError if --resume has a different encoder than --pretrained.
     """
     pretrained, pretraining = None, {"encoder": None, "pretraining_seconds": None}
     if args.pretrained:
         loaded = checkpoint.load(args.pretrained, "--pretrained")
         pretrained = encoder_state(loaded, f"--pretrained {args.pretrained}", args.arch)
         settings = loaded.get("settings")
-        if isinstance(settings, dict) and "loss_type" in settings:      # train.py's, not somebody else's
+        if isinstance(settings, dict) and "loss_type" in settings:      # from train.py, not other code
             pretraining = {"encoder": settings, "pretraining_seconds": loaded.get("seconds")}
     if not run.saved:
         return pretrained, pretraining
     resumed, settings = encoder_state(run.saved, run.source, args.arch), run.saved.get("settings", {})
     if pretrained is None and settings.get("pretrained") and not args.evaluate:
-        raise InputError(f"{run.source}: was made with --pretrained {settings['pretrained']}, give that too")
+        raise InputError(f"{run.source}: was made with --pretrained {settings['pretrained']}, pass that too")
     if pretrained is not None and not settings.get("finetune") and not (
             resumed.keys() == pretrained.keys() and all(torch.equal(resumed[key], pretrained[key]) for key in resumed)):
-        raise InputError(f"{run.source}: evaluates another encoder than --pretrained {args.pretrained}")
+        raise InputError(f"{run.source}: evaluates a different encoder than --pretrained {args.pretrained}")
     return resumed, pretraining
 
 
 def evaluate_neighbors(evaluation):
-    """The class of a validation image by its nearest training images."""
+    """Classify validation images by their nearest training images."""
     file = evaluation.run.folder / "results.json"
     if file.exists():
         before = json.loads(file.read_text())["settings"]
@@ -236,7 +236,7 @@ def evaluate_neighbors(evaluation):
 
 
 def evaluate_saved(evaluation):
-    """The accuracy of the classifiers in a checkpoint."""
+    """Report the accuracy of a checkpoint's classifiers."""
     classifiers, run = evaluation.classifiers, evaluation.run
     classifiers.restore(run.saved, run.source)
     batches = FreshFeatures(evaluation.encode, evaluation.loader(evaluation.val_data))
@@ -254,7 +254,7 @@ def train(evaluation):
     args, run, device = evaluation.args, evaluation.run, evaluation.device
     classifiers, encoder, settings = evaluation.classifiers, evaluation.encoder, evaluation.settings
 
-    # SGD, for each classifier with its own learning rate and weight decay.
+    # SGD, with a separate learning rate and weight decay for each classifier.
     groups = [{"params": classifier.parameters(), "lr": score["lr"], "weight_decay": score["weight_decay"]}
               for classifier, score in zip(classifiers, classifiers.scores, strict=True)]
     if args.finetune:
@@ -265,7 +265,7 @@ def train(evaluation):
     scaler = torch.amp.GradScaler(device.type, enabled=args.finetune and settings["precision"] == "fp16")
     run.restore(TrainingState(classifiers, encoder, optimizer, scaler, settings), settings, PARSER, RESUME_FLAGS)
 
-    # What the model is given: images where the encoder learns too, else its features.
+    # The model's input: images if the encoder is trained too, else its features.
     model = nn.Sequential(encoder, classifiers) if args.finetune else classifiers
     batches, val_batches = make_batches(evaluation)
     several, results = len(classifiers) > 1, run.folder / "results.json"
@@ -273,23 +273,23 @@ def train(evaluation):
 
     net = data_parallel(model, device)
     with run:
-        # In TensorBoard, each of several classifiers is a run of its own in the folder.
+        # In TensorBoard, each of several classifiers is a separate run in the folder.
         curves = [run.events(run.start_epoch, name if several else ".") for name in classifiers.names]
         for epoch in range(run.start_epoch, args.epochs):
             net.train()
             lrs = [lr_at(epoch, peak, args.epochs) for peak in peak_lrs]
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr
-            shown = classifiers.chosen      # of several, in the progress lines
-            which = f"  (the best so far of {len(classifiers)}: {classifiers.names[shown]})" * several
+            shown = classifiers.chosen      # shown in the progress lines if there are several
+            which = f"  (best so far of {len(classifiers)}: {classifiers.names[shown]})" * several
             meters = [(AverageMeter("Loss", ".4f"), AverageMeter("Acc@1", ".2f")) for _ in classifiers]
             progress = Progress(batches, epoch, run.first_step(epoch), args.epochs, args.batch_size)
             for step, (inputs, target) in progress:
                 target = target.to(device, non_blocking=True)
                 batch = min(args.batch_size, batches.num_images - step * args.batch_size)       # over all ranks
 
-                # The mean of the ranks' losses, and so of their gradients, is that of the global batch.
-                outputs = net(inputs)                                       # [b, K] of each classifier
+                # The mean over ranks of the losses, and thus of their gradients, is that of the global batch.
+                outputs = net(inputs)                                       # [b, K] per classifier
                 losses = [F.cross_entropy(output, target, reduction="sum") * world_size() / batch for output in outputs]
                 optimizer.zero_grad()
                 scaler.scale(sum(losses)).backward()
@@ -328,7 +328,7 @@ def train(evaluation):
 
 
 class TrainingState:
-    """All that training changes: what `Run` saves, restores (but for the encoder), and checks before a save."""
+    """The state of training, which `Run` saves, restores (except the encoder), and checks before saving."""
 
     def __init__(self, classifiers, encoder, optimizer, scaler, settings):
         self.classifiers, self.encoder, self.settings = classifiers, encoder, settings
@@ -346,26 +346,26 @@ class TrainingState:
         checkpoint.restore_parts(saved, source, optimizer=self.optimizer, scaler=self.scaler)
 
     def check_finite(self, place):
-        """Raise InputError where no classifier has finite weights left, or with --finetune not all of the network."""
+        """Raise InputError if no classifier has finite weights left, or, with --finetune, if any weight is not."""
         finetune = self.settings["finetune"]
         finite = [all(bool(parameter.isfinite().all()) for parameter in module.parameters())
                   for module in [*self.classifiers, *([self.encoder] if finetune else [])]]
         if not (all(finite) if finetune else any(finite)):
-            raise InputError(f"a weight is not finite in {place}: take a smaller learning rate than --lr "
+            raise InputError(f"a weight is not finite in {place}: use a smaller learning rate than --lr "
                              f"{self.settings['lr']}" + f", --encoder-lr {self.settings['encoder_lr']}" * finetune
-                             + "; the checkpoints are from before")
+                             + "; saved checkpoints are unaffected")
 
 
 def make_batches(evaluation):
-    """The training and the validation batches: of images with --finetune, else of features."""
+    """The training and validation batches: images with --finetune, else features."""
     args, encode = evaluation.args, evaluation.encode
     order = {"seed": evaluation.run.seed, "shuffle": True, "drop_last": args.finetune}
     if args.features == "cached":
         begin = time.perf_counter()
         batches = CachedFeatures(encode, evaluation.loader(evaluation.train_data), **order)
         val_batches = CachedFeatures(encode, evaluation.loader(evaluation.val_data))
-        log(f"=> the quick protocol, not the classic one: {batches.features.nbytes / 1e9:.3g} GB of features in half "
-            f"precision, of center crops, computed once in {time.perf_counter() - begin:.1f} s")
+        log(f"=> the quick protocol, not the classic one: {batches.features.nbytes / 1e9:.3g} GB of half-precision "
+            f"features of center crops, computed once in {time.perf_counter() - begin:.1f} s")
         return batches, val_batches
     loaders = evaluation.loader(evaluation.train_data, augment=True, **order), evaluation.loader(evaluation.val_data)
     return loaders if args.finetune else [FreshFeatures(encode, loader) for loader in loaders]
@@ -373,11 +373,11 @@ def make_batches(evaluation):
 
 @torch.no_grad()
 def validate(model, batches, classifiers, device):
-    """(Acc@1, Acc@5) of each classifier in percent, over each validation image exactly once, on all ranks."""
+    """(Acc@1, Acc@5) of each classifier in percent, counting each validation image once, on all ranks."""
     model.eval()
-    for buffer in model.buffers():      # on CPUs BatchNorm is each rank's own; rank 0's is what is saved
+    for buffer in model.buffers():      # on CPUs BatchNorm is local to each rank; rank 0's is saved
         broadcast(buffer)
-    counts = torch.zeros(len(classifiers), 3, dtype=torch.int64, device=device)     # right in top 1, in top 5, seen
+    counts = torch.zeros(len(classifiers), 3, dtype=torch.int64, device=device)     # top-1 correct, top-5 correct, seen
     for inputs, target in batches.epoch(0):
         if len(inputs):
             target = target.to(device)
@@ -387,7 +387,7 @@ def validate(model, batches, classifiers, device):
 
 
 def embed(evaluation):
-    """1000 validation images for TensorBoard's projector, the same number of each class."""
+    """Log 1000 validation images to TensorBoard's projector, the same number per class."""
     images = evaluation.val_data.images
     some = Subset(images, balanced_indices(images.targets, min(100 * 1000 / len(images), 100), seed=0))
     loader = evaluation.loader(dataclasses.replace(evaluation.val_data, images=some))

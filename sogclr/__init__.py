@@ -2,20 +2,20 @@
 
 Start reading at `train.py`. Modules: `loss` (the method), `builder` (the model), `optimizer` (LARS), `datasets`,
 `files`, `shapes` and `loader` (data), `augment` (color, on the device), `features`, `classifiers`, `knn` and `subset`
-(evaluation), `distributed` (what ranks exchange), `launch` (how processes start and end), `run`, `checkpoint`,
-`report`, `meters` and `flags` (the run).
+(evaluation), `distributed` (communication), `launch` (how processes start and end), `run`, `checkpoint`, `report`,
+`meters` and `flags` (the run).
 """
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line that names the flag or the file and the way out.
+    """Invalid user input. The message is one line that names the flag or file and how to fix it.
 
     The scripts print it without a traceback and exit with code 2; library users may catch it.
     """
 
 
 class Stopped(Exception):
-    """A signal has asked the run to stop, and all of it is saved. The message says where it stopped."""
+    """Raised after a signal has stopped the run and all of it is saved. The message says where it stopped."""
 
 
 def one_line(error):

@@ -1,8 +1,8 @@
-"""The color half of the SimCLR recipe, for a whole batch at once on the device, each image with its own parameters.
+"""The color augmentations of SimCLR, for a whole batch at once on the device, with separate parameters per image.
 
-The worker processes decode and crop (`sogclr.loader`) and hand over uint8 crops with the uniform random numbers that
-decide the rest. Here every operation is a formula over the whole batch, without branches, so that it runs the same on
-CPU and GPU and never waits for the device. Recipe: SimCLR / BYOL as in the authors' release.
+Worker processes decode and crop (`sogclr.loader`) and return uint8 crops with the uniform random numbers that determine
+the rest. Every operation here is a branch-free formula over the whole batch, so it runs the same on CPU and GPU and
+never synchronizes with the device. Recipe: SimCLR / BYOL as in the authors' release.
 """
 
 import math
@@ -19,7 +19,7 @@ _GRAYSCALE = 0.2989, 0.587, 0.114
 
 
 class Normalize(nn.Module):
-    """uint8 crops [B, 3, H, W] -> float32 with the data set's mean and standard deviation of each channel."""
+    """Normalize uint8 crops [B, 3, H, W] to float32 by the data set's mean and standard deviation per channel."""
 
     def __init__(self, mean, std):
         super().__init__()
@@ -30,18 +30,17 @@ class Normalize(nn.Module):
         return (images.float() / 255 - self.mean) / self.std
 
     def undo(self, images):
-        """Normalized images [B, 3, H, W] -> float32 in [0, 1], to look at."""
+        """Normalized images [B, 3, H, W] -> float32 in [0, 1], for display."""
         return (images.float() * self.std + self.mean).clamp(0, 1)
 
 
 class Augment(nn.Module):
-    """Color jitter, grayscale, blur and normalization, called with a view as the loader makes it:
+    """Color jitter, grayscale, blur and normalization of a view from the loader.
 
-    (images, uniforms): uint8 [B, 3, H, W] crops, already flipped, and float32 [B, num_uniforms] uniform in [0, 1), on
-    any device. Returns [B, 3, H, W], normalized, on the device of this module. Images that are float already come from
-    `pil_recipe` and are finished.
-    blur: whether to blur (the authors do not at 32 pixels); dtype, memory_format: of the result. The arithmetic is
-    float32.
+    A view is (images, uniforms): uint8 [B, 3, H, W] crops, already flipped, and float32 [B, num_uniforms] uniform in
+    [0, 1), on any device. Returns [B, 3, H, W], normalized, on the device of this module. Float images come from
+    `pil_recipe` and are already augmented.
+    blur: whether to blur (the authors do not at 32 pixels); dtype, memory_format: of the result. Computes in float32.
     """
 
     num_uniforms = 11
@@ -60,7 +59,7 @@ class Augment(nn.Module):
         images, uniforms = (part.to(self.normalize.mean.device, non_blocking=True) for part in view)
         if images.is_floating_point():
             return images.to(self.dtype, memory_format=self.memory_format)
-        images = images.contiguous() / 255      # a channel's pixels side by side: most of what follows is by channel
+        images = images.contiguous() / 255      # contiguous channels: most operations below are per channel
         images = color_jitter(images, *jitter_parameters(uniforms[:, :9]))
         images = torch.lerp(images, grayscale(images), (uniforms[:, 9] < P_GRAYSCALE).to(images)[:, None, None, None])
         if self.blur:
@@ -70,8 +69,8 @@ class Augment(nn.Module):
 
 
 def jitter_parameters(uniforms):
-    """[B, 9] uniform numbers -> order [B, 4] of the operations (0 brightness, 1 contrast, 2 saturation, 3 hue) and
-    their factors [B, 4], which are those that change nothing where no jitter is applied (probability 1 - P_JITTER).
+    """Uniforms [B, 9] -> order [B, 4] of the operations (0 brightness, 1 contrast, 2 saturation, 3 hue) and their
+    factors [B, 4], which change nothing if no jitter is applied (probability 1 - P_JITTER).
     """
     order = uniforms[:, :4].argsort(dim=1)
     applied = uniforms[:, 4:5] < P_JITTER
@@ -81,16 +80,16 @@ def jitter_parameters(uniforms):
 
 
 def color_jitter(images, order, factors):
-    """torchvision's ColorJitter with the given parameters of each image.
+    """torchvision's ColorJitter with the given parameters for each image.
 
-    images: [B, 3, H, W] in [0, 1]; order: [B, 4] the operation at each place; factors: [B, 4] by operation.
+    images: [B, 3, H, W] in [0, 1]; order: [B, 4] the operation at each position; factors: [B, 4] by operation.
 
-    Brightness, contrast and saturation are one formula, a blend with black, with the mean gray, or with the gray image.
-    Hue costs most, so it is done once for all: three places before it, then hue, then three places after it, with a
-    blend that changes nothing where an image has no operation left.
+    Brightness, contrast and saturation are one formula, a blend with black, the mean gray, or the grayscale image. Hue
+    is the most expensive, so it runs once for all images: three blends, then hue, then three blends, which change
+    nothing if an image has no operation left.
     """
-    # What is done at each place, [B, 4, 1, 1, 1], for all places at once: a small batch on a GPU takes as long as its
-    # launches.
+    # The operation at each position, [B, 4, 1, 1, 1], for all positions at once: on a GPU a small batch is bound by
+    # kernel launches.
     operation, factor = (values[..., None, None, None] for values in (order, factors.gather(1, order)))
     contrast, saturation = (operation == 1).to(factor), (operation == 2).to(factor)
     hue_at = (operation == 3).int().argmax(1, keepdim=True)
@@ -105,8 +104,8 @@ def color_jitter(images, order, factors):
 
 
 def _blend(images, factor, contrast, saturation):
-    """Brightness, or what `contrast` or `saturation` says (1 where it is that, else 0), by a factor, which is 1 where
-    nothing is to change. All but the images are [B, 1, 1, 1].
+    """Adjust brightness, or `contrast` or `saturation` for images with a 1 there (else 0), by a factor, where 1 changes
+    nothing. All but the images are [B, 1, 1, 1].
     """
     gray = grayscale(images)
     mean = gray.mean(dim=(1, 2, 3), keepdim=True)
@@ -115,7 +114,7 @@ def _blend(images, factor, contrast, saturation):
 
 
 def grayscale(images):
-    """[B, 3, H, W] -> [B, 1, H, W] gray, with torchvision's weights."""
+    """[B, 3, H, W] -> grayscale [B, 1, H, W], with torchvision's weights."""
     r, g, b = images.unbind(1)
     return (_GRAYSCALE[0] * r).add_(g, alpha=_GRAYSCALE[1]).add_(b, alpha=_GRAYSCALE[2])[:, None]
 
@@ -133,9 +132,9 @@ def adjust_hue(images, shift):
 
 
 def gaussian_blur(images, sigma):
-    """Blur [B, 3, H, W] by a Gaussian of sigma [B] pixels each, cut at 4 of the largest sigma, edges reflected.
+    """Blur [B, 3, H, W] by Gaussians of sigma [B] pixels, truncated at 4 times the largest sigma, edges reflected.
 
-    As two matrix products: each image has its own [H, H] and [W, W] matrix.
+    Computed as two matrix products: each image has its own [H, H] and [W, W] matrix.
     """
     height, width = images.shape[-2:]
     rows, columns = _blur_matrix(height, sigma), _blur_matrix(width, sigma)
@@ -143,7 +142,7 @@ def gaussian_blur(images, sigma):
 
 
 def _blur_matrix(size, sigma):
-    """[B, size, size]: row i holds the weights of the pixels that make the blurred pixel i."""
+    """[B, size, size]: row i holds the pixel weights for blurred pixel i."""
     reach = min(math.ceil(4 * SIGMA[1]), size - 1)
     offsets = torch.arange(-reach, reach + 1, device=sigma.device)
     kernel = torch.exp(-offsets**2 / (2 * sigma[:, None] ** 2))
@@ -156,15 +155,15 @@ def _blur_matrix(size, sigma):
 
 
 class _PILBlur:
-    """The authors' blur: Pillow's approximation of a Gaussian, of a sigma uniform in SIGMA."""
+    """The authors' blur: Pillow's approximation of a Gaussian, with sigma uniform in SIGMA."""
 
     def __call__(self, image):
         return image.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(*SIGMA))))
 
 
 def pil_recipe(data, crop_min):
-    """The authors' augmentation as they compose it, from torchvision's transforms of one image: the reference of the
-    batched one (`--augment pil`). data: an `ImageSet`. PIL image -> float32 [3, size, size].
+    """The authors' augmentation as composed of torchvision transforms per image: the reference for the batched one
+    (`--augment pil`). data: an `ImageSet`. PIL image -> float32 [3, size, size].
     """
     jitter = T.ColorJitter(BRIGHTNESS, CONTRAST, SATURATION, HUE)
     return T.Compose([T.RandomResizedCrop(data.image_size, scale=(crop_min, 1.0)),

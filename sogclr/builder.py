@@ -1,4 +1,4 @@
-"""The SimCLR model: a torchvision ResNet with a projection head; and how to take its encoder out of a checkpoint."""
+"""The SimCLR model: a torchvision ResNet with a projection head; and loading its encoder from a checkpoint."""
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,7 @@ from sogclr import InputError, one_line
 def resnet(arch, stem="imagenet", **kwargs):
     """A torchvision ResNet. `stem="cifar"` makes its first convolution 3x3 with stride 1 and drops the max-pool.
 
-    `kwargs` go to torchvision (`num_classes`, `zero_init_residual`).
+    `kwargs` are passed to torchvision (`num_classes`, `zero_init_residual`).
     """
     encoder = torchvision.models.get_model(arch, weights=None, **kwargs)
     if stem == "cifar":
@@ -21,7 +21,7 @@ def resnet(arch, stem="imagenet", **kwargs):
 
 
 def choose_stem(stem, image_size):
-    """`--stem`, where "auto" is the cifar stem up to 32 pixels and the imagenet stem above."""
+    """Resolve `--stem`: "auto" is the cifar stem up to 32 pixels and the imagenet stem above."""
     return stem if stem != "auto" else "cifar" if image_size <= 32 else "imagenet"
 
 
@@ -40,8 +40,8 @@ def projection_head(num_layers, input_dim, hidden_dim, output_dim):
 
 
 def memory_format(device, dtype):
-    """The memory format of weights and images for training in this arithmetic: channels_last on a GPU, and for bf16 on
-    a CPU, which trains small batches faster the other way in float32.
+    """The memory format of weights and images for training in this dtype: channels_last on a GPU, and for bf16 on a
+    CPU; in float32, CPUs train small batches faster in contiguous format.
     """
     return torch.contiguous_format if device.type == "cpu" and dtype == torch.float32 else torch.channels_last
 
@@ -50,7 +50,7 @@ class SimCLR(nn.Module):
     """An encoder whose classifier is replaced by a projection head.
 
     base_encoder: a torchvision ResNet; its `fc` is replaced.
-    dim: D, the size of a projection; mlp_dim: width of the head's hidden layers; num_proj_layers: its linear layers.
+    dim: D, the projection dimension; mlp_dim: width of the head's hidden layers; num_proj_layers: its linear layers.
     """
 
     def __init__(self, base_encoder, dim=128, mlp_dim=2048, num_proj_layers=2):
@@ -61,36 +61,36 @@ class SimCLR(nn.Module):
     def forward(self, x1, x2):
         """Two views [B, 3, H, W] -> their projections [B, D] each, not normalized.
 
-        Two passes, one a view, as the authors do: each view is normalized by its own batch statistics.
+        One pass per view, as in the authors' code: each view is normalized by its own batch statistics.
         """
         return self.base_encoder(x1), self.base_encoder(x2)
 
 
-# What stands before torchvision's names in other people's files. The first that fits is taken, so that of several
-# encoders in one file it is the trained one: neither a momentum encoder nor a teacher is in the table.
+# Prefixes of torchvision's parameter names in checkpoints from other code. The first match is used, so that among
+# several encoders in one file it is the trained one: momentum encoders and teachers are not in the table.
 ENCODER_PREFIXES = (
     "module.base_encoder.",     # train.py, the authors' SogCLR, MoCo v3
     "base_encoder.",            # the same, saved without DistributedDataParallel
-    "module.encoder_q.",        # MoCo v1 and v2: the queries' encoder, not the keys'
+    "module.encoder_q.",        # MoCo v1 and v2: the query encoder, not the key encoder
     "encoder_q.",               # the same in Lightning
     "module.encoder.",          # SimSiam
-    "module.backbone.",         # Barlow Twins, VICReg and others that name their parts
+    "module.backbone.",         # Barlow Twins, VICReg and others with named parts
     "backbone.",                # solo-learn and other Lightning modules
     "encoder.",                 # Lightning modules
     "model.",                   # Lightning modules around one torchvision model
     "module.",                  # lincls.py, torchvision models under DistributedDataParallel
     "",                         # torchvision
 )
-# Where a file of more than weights keeps them: train.py and most others, torchvision's training scripts.
+# Where files with more than weights store them: train.py and most others, torchvision's training scripts.
 _WRAPPERS = ("state_dict", "model")
 
 
 def encoder_state(checkpoint, source, arch=None):
-    """The encoder's tensors in a checkpoint of train.py or of those at `ENCODER_PREFIXES`, under torchvision's names,
-    without `fc`.
+    """Extract the encoder's tensors from a checkpoint of train.py or of those at `ENCODER_PREFIXES`, under
+    torchvision's names, without `fc`.
 
-    checkpoint: what `sogclr.checkpoint.load` returned; source: the flag and file, for the message; arch: what it
-    must be, if it tells one, None for any. Raises InputError where it is another, or there is no ResNet.
+    checkpoint: from `sogclr.checkpoint.load`; source: the flag and file, for the message; arch: the required one, if
+    the checkpoint records it, None for any. Raises InputError if it differs, or there is no ResNet.
     """
     if arch and checkpoint.get("arch", arch) != arch:
         raise InputError(f"{source}: was made with --arch {checkpoint['arch']}, not {arch}")
@@ -98,27 +98,27 @@ def encoder_state(checkpoint, source, arch=None):
     state = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     prefix = next((prefix for prefix in ENCODER_PREFIXES if prefix + "conv1.weight" in state), None)
     if prefix is None:
-        raise InputError(f"{source}: holds no ResNet encoder, no 'conv1.weight' under any name that train.py, SogCLR, "
-                         "MoCo, SimSiam, Lightning or torchvision give it, but " + (_first(state) or "no tensors"))
+        raise InputError(f"{source}: contains no ResNet encoder, no 'conv1.weight' under any name used by train.py, "
+                         "SogCLR, MoCo, SimSiam, Lightning or torchvision; found " + (_first(state) or "no tensors"))
     state = {key.removeprefix(prefix): value for key, value in state.items()
              if key.startswith(prefix) and not key.startswith(prefix + "fc.")}
-    # Files from before torch 0.4.1 lack BatchNorm's counters, which nothing here reads.
+    # Files from before torch 0.4.1 lack BatchNorm's counters, which are unused here.
     counters = {key.replace("running_mean", "num_batches_tracked") for key in state if key.endswith("running_mean")}
     return state | {key: torch.tensor(0) for key in counters - state.keys()}
 
 
 def load_encoder(model, state, source):
-    """Load `encoder_state(...)` into a torchvision ResNet; its classifier `fc` is left as it is.
+    """Load `encoder_state(...)` into a torchvision ResNet, leaving its classifier `fc` unchanged.
 
-    Raises InputError, with torch's words for the first tensors, where the two are not of one architecture.
+    Raises InputError, with torch's message on the first tensors, if the architectures differ.
     """
     head = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
     try:
         model.load_state_dict(state | head)
     except RuntimeError as error:
-        raise InputError(f"{source}: does not fit this encoder, give its --arch: {one_line(error)}") from error
+        raise InputError(f"{source}: does not match this encoder, pass its --arch: {one_line(error)}") from error
 
 
 def _first(names):
-    """The first three, in words."""
+    """The first three names, as text."""
     return ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)

@@ -1,4 +1,4 @@
-"""Checkpoint files: written so that a power failure spoils none, read so that no code in them runs."""
+"""Checkpoint files, written so that a power failure corrupts none and read so that no code in them runs."""
 
 import argparse
 import contextlib
@@ -18,19 +18,19 @@ from sogclr.distributed import rank
 
 LAST, PREVIOUS = "checkpoint_last.pth.tar", "checkpoint_previous.pth.tar"
 
-# The authors' files hold numpy numbers, others their flags. They are data, not code, so they may be unpickled; numbers
-# under numpy 1's name too.
+# The authors' files contain numpy numbers, others their flags. These are data, not code, so they may be unpickled; the
+# numbers also under numpy 1's name.
 _SCALAR = np.float64(0).__reduce__()[0]
 _DATA = [argparse.Namespace, (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"),
          np.dtype, *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool"))]
 
 
 class Writer:
-    """Writes the checkpoints of a run in the background, one at a time, and only on rank 0.
+    """Writes a run's checkpoints in the background, one at a time, and only on rank 0.
 
-    folder: of the run, None to write nothing; minutes: between two saves inside an epoch, 0 for none.
-    A save that fails (a full disk, say) is reported and leaves the earlier files as they were; training goes on.
-    A context, at whose end it is closed.
+    folder: the run's, None to write nothing; minutes: between two saves within an epoch, 0 for none.
+    A failed save (e.g. on a full disk) is reported and leaves earlier files intact; training continues.
+    A context manager, closed on exit.
     """
 
     def __init__(self, folder, minutes=0.0):
@@ -39,12 +39,12 @@ class Writer:
         self.thread = self.error = None
 
     def is_due(self):
-        """Whether the last save was `minutes` ago."""
+        """Whether the last save was at least `minutes` ago."""
         return self.active and 0 < self.seconds <= time.monotonic() - self.last_time
 
     def save(self, state, *names):
-        """Write a dict as `checkpoint_last.pth.tar`, and under further names. Returns as soon as it is copied to host
-        memory and the write before it is done, so that training may change the tensors.
+        """Save a dict as `checkpoint_last.pth.tar` and under additional names. Returns once it is copied to host memory
+        and the previous write is done, so that training may change the tensors.
         """
         if self.active:
             self.wait()
@@ -70,12 +70,12 @@ class Writer:
     def __exit__(self, kind, *_):
         if kind in (None, Stopped):
             self.close()
-        else:       # which has something else to say
+        else:       # whose error takes precedence
             self.wait()
 
     def _write(self, state, names):
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)      # somebody may have cleaned up
+            self.folder.mkdir(parents=True, exist_ok=True)      # it may have been deleted
             save(state, self.folder, names)
             self.error = None
         except Exception as error:      # torch.save adds errors of its own when a write fails
@@ -83,23 +83,23 @@ class Writer:
             while cause.__context__ is not None:
                 cause = cause.__context__
             self.error = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-            print(f"=> NOT saved: {self.folder}: {self.error}; the earlier checkpoints are as they were, and training "
-                  "goes on", file=sys.stderr, flush=True)
+            print(f"=> NOT saved: {self.folder}: {self.error}; earlier checkpoints are intact, and training continues",
+                  file=sys.stderr, flush=True)
 
 
 def save(state, folder, names=()):
-    """Write `checkpoint_last.pth.tar`, and the same under further names; whenever the power fails, the folder holds an
-    intact one. The former one becomes `checkpoint_previous.pth.tar`.
+    """Write `checkpoint_last.pth.tar`, also under additional names; even after a power failure the folder has an intact
+    one. The former one becomes `checkpoint_previous.pth.tar`.
     """
     part, last = folder / (LAST + ".part"), folder / LAST
-    part.unlink(missing_ok=True)        # of a save that was cut off, it may be one file with a checkpoint that is kept
+    part.unlink(missing_ok=True)        # from an interrupted save; may be a hard link to a kept checkpoint
     try:
         with open(part, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        with contextlib.suppress(OSError):      # it may fill a full disk
+        with contextlib.suppress(OSError):      # it may be what fills the disk
             part.unlink(missing_ok=True)
         raise
     for name in names:
@@ -107,13 +107,13 @@ def save(state, folder, names=()):
         copy.unlink(missing_ok=True)
         try:
             os.link(part, copy)
-        except OSError:     # a file system without links
+        except OSError:     # a file system without hard links
             shutil.copyfile(part, copy)
         os.replace(copy, folder / name)
     if last.exists():
         os.replace(last, folder / PREVIOUS)
     os.replace(part, last)
-    with contextlib.suppress(OSError):      # some file systems cannot flush a folder
+    with contextlib.suppress(OSError):      # some file systems cannot sync a folder
         entries = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(entries)
@@ -122,7 +122,7 @@ def save(state, folder, names=()):
 
 
 def _host_copy(state):
-    """The same with every tensor copied to host memory."""
+    """Copy a state with all its tensors to host memory."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
@@ -133,7 +133,7 @@ def _host_copy(state):
 
 
 def size(state):
-    """The bytes of all tensors in a state, which is about the size of its file."""
+    """Total bytes of all tensors in a state, about the size of its file."""
     if isinstance(state, torch.Tensor):
         return state.nbytes
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
@@ -141,61 +141,61 @@ def size(state):
 
 
 def load(path, flag, keys=()):
-    """The dict in a checkpoint file, on the CPU. Only data is unpickled, never code.
+    """Load the dict in a checkpoint file to the CPU. Only data is unpickled, never code.
 
-    flag: which flag named the file, for the message; keys: what must be in it. Raises InputError where the file is
+    flag: the flag that named the file, for the message; keys: the required keys. Raises InputError if the file is
     missing, damaged, or not such a checkpoint.
     """
     if not os.path.isfile(path):
-        raise InputError(f"{flag} {path}: " + ("is a folder, give a file in it" if os.path.isdir(path)
+        raise InputError(f"{flag} {path}: " + ("is a folder, pass a file in it" if os.path.isdir(path)
                                                else "no such file"))
     try:
         _check_sums(path)
         with torch.serialization.safe_globals(_DATA), warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # about a foreign file's format: what it holds is checked here
+            warnings.simplefilter("ignore")     # about other tools' file formats: the content is checked here
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # a foreign file can make the unpickler raise anything
-        raise InputError(f"{flag} {path}: not a checkpoint that can be read safely, it is damaged or holds more than "
-                         f"data ({type(error).__name__}); give a file that train.py or lincls.py wrote, or another's "
-                         "state_dict saved alone") from error
+    except Exception as error:      # an arbitrary file can make the unpickler raise anything
+        raise InputError(f"{flag} {path}: not a checkpoint that can be read safely, it is damaged or contains more "
+                         f"than data ({type(error).__name__}); use a file written by train.py or lincls.py, or a "
+                         "state_dict saved on its own") from error
     if not isinstance(checkpoint, dict):
-        raise InputError(f"{flag} {path}: holds no checkpoint but a {type(checkpoint).__name__}")
+        raise InputError(f"{flag} {path}: contains a {type(checkpoint).__name__}, not a checkpoint")
     require(checkpoint, f"{flag} {path}", keys)
     return checkpoint
 
 
 def _check_sums(path):
-    """Raise BadZipFile where a bit has changed: torch.save writes check sums, but torch.load does not look at them."""
-    if not zipfile.is_zipfile(path):        # the format of long ago, which has none
+    """Raise BadZipFile if a bit has changed: torch.save writes checksums, but torch.load ignores them."""
+    if not zipfile.is_zipfile(path):        # the legacy format, which has none
         return
     with zipfile.ZipFile(path) as file:
-        # torch.load leaves what is marked as a folder unread, whatever its name
+        # torch.load skips entries marked as folders, whatever their name
         if file.testzip() or any(member.external_attr & 0x10 for member in file.infolist()):
-            raise zipfile.BadZipFile("check sum")
+            raise zipfile.BadZipFile("checksum")
 
 
 def require(checkpoint, source, keys):
-    """Raise InputError where a checkpoint lacks one of the keys. source: the flag and file that it is from."""
+    """Raise InputError if a checkpoint lacks one of the keys. source: its flag and file."""
     missing = [key for key in keys if key not in checkpoint]
     if missing:
-        raise InputError(f"{source}: lacks {', '.join(missing)}, it is not a checkpoint of this script")
+        raise InputError(f"{source}: lacks {', '.join(missing)}, it is not a checkpoint from this script")
 
 
 def require_same_images(made_with, now, source):
-    """Raise InputError where a checkpoint's settings tell of other images than this run's, whose order decides it.
+    """Raise InputError if a checkpoint's images are not this run's, since their order determines the run.
 
-    made_with, now: settings with `images`, the `ImageSet.fingerprint`; files from before it are taken as they are.
+    made_with, now: settings with `images`, the `ImageSet.fingerprint`; older files without it are accepted.
     source: the flag and file that `made_with` is from.
     """
     if made_with.get("images", now["images"]) != now["images"]:
         raise InputError(f"{source}: was made with other images ({made_with['images']}) than those in --data "
-                         f"({now['images']}), give the same folder, or start a new run")
+                         f"({now['images']}), use the same folder, or start a new run")
 
 
 def restore_parts(saved, source, **parts):
-    """Give each part the state under its name in a checkpoint; an empty one, of a scaler without use, is left out.
+    """Load each part's state by name from a checkpoint, skipping the empty state of a disabled scaler.
 
-    parts: objects with `load_state_dict`. Raises InputError where a state does not fit.
+    parts: objects with `load_state_dict`. Raises InputError if a state does not match.
     """
     for name, part in parts.items():
         state = saved.get(name, {})
@@ -208,10 +208,10 @@ def restore_parts(saved, source, **parts):
 
 
 def add_ddp_prefix(state_dict):
-    """The names under which DistributedDataParallel saves, as the authors' files have them."""
+    """Add DistributedDataParallel's prefix to parameter names, as in the authors' files."""
     return {"module." + key: value for key, value in state_dict.items()}
 
 
 def remove_ddp_prefix(state_dict):
-    """The inverse of `add_ddp_prefix`; names without the prefix stay as they are."""
+    """The inverse of `add_ddp_prefix`; names without the prefix are unchanged."""
     return {key.removeprefix("module."): value for key, value in state_dict.items()}

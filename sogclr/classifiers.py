@@ -1,4 +1,4 @@
-"""Linear classifiers on the features of an encoder, several at a time."""
+"""Linear classifiers on an encoder's features, several at a time."""
 
 import copy
 
@@ -10,14 +10,14 @@ from sogclr.checkpoint import remove_ddp_prefix
 
 
 class Classifiers(nn.ModuleList):
-    """R linear classifiers of the same features. They start alike and differ in how they are trained.
+    """R linear classifiers on the same features, initialized identically but trained with different settings.
 
     num_features: C; num_classes: K; grid: [(learning rate, weight decay)] of each.
     `names`: of each; `scores`: for each a dict with `lr`, `weight_decay`, `acc1` and `acc5` of the last validation in
     percent (nan before it), `best_acc1` and its `best_epoch`.
 
-    Each has a matrix product and a loss of its own rather than a part of one large product, whose blocks would depend
-    on R: so a classifier is, bit by bit, what it would be alone.
+    Each has its own matrix product and loss rather than a part of one large product, whose blocks would depend on R: so
+    each classifier is bit-identical to one trained alone.
     """
 
     def __init__(self, num_features, num_classes, grid):
@@ -30,29 +30,29 @@ class Classifiers(nn.ModuleList):
                         "best_acc1": 0.0, "best_epoch": -1} for lr, decay in grid]
 
     def forward(self, features):
-        """[b, C] -> R times scores [b, K]"""
+        """[b, C] -> R scores [b, K]"""
         return [classifier(features) for classifier in self]
 
     @property
     def chosen(self):
-        """Which classifier has the best Acc@1 of all epochs so far. It is chosen on the validation set."""
+        """Index of the classifier with the best validation Acc@1 over all epochs so far."""
         return max(range(len(self)), key=lambda r: (self.scores[r]["best_acc1"], self.scores[r]["best_epoch"]))
 
     @property
     def best(self):
-        """The chosen one's scores."""
+        """The chosen classifier's scores."""
         return self.scores[self.chosen]
 
     def record(self, accuracies, epoch=None):
-        """Note a validation, [(Acc@1, Acc@5)] of each in percent; of an epoch, also whether it is the best so far."""
+        """Record a validation, [(Acc@1, Acc@5)] of each in percent; with an epoch, also update the best so far."""
         for score, (acc1, acc5) in zip(self.scores, accuracies, strict=True):
             score.update(acc1=acc1, acc5=acc5)
             if epoch is not None and (acc1, epoch) > (score["best_acc1"], score["best_epoch"]):
                 score.update(best_acc1=acc1, best_epoch=epoch)
 
     def saved(self):
-        """What a checkpoint holds of them apart from the chosen one's tensors in its `state_dict`: that one's
-        accuracies and, where there are several, the tensors and accuracies of all.
+        """Checkpoint entries besides the chosen classifier's tensors in `state_dict`: its accuracies and, if there are
+        several, the tensors and accuracies of all.
         """
         saved = {key: self.best[key] for key in ("acc1", "acc5", "best_acc1", "best_epoch")}
         if len(self) > 1:
@@ -61,8 +61,8 @@ class Classifiers(nn.ModuleList):
         return saved
 
     def restore(self, saved, source):
-        """Take them out of a checkpoint. Raises InputError, which begins with the `source`, the flag and file, where it
-        has other classifiers than these.
+        """Load the classifiers from a checkpoint. Raises InputError, starting with `source`, the flag and file, if they
+        do not match these.
         """
         state = remove_ddp_prefix(saved["state_dict"])
         head = {name: state.get(f"fc.{name}", torch.empty(0, 0)) for name in ("weight", "bias")}
@@ -78,7 +78,7 @@ class Classifiers(nn.ModuleList):
             score.update((key, row[key]) for key in score.keys() & row.keys())
 
     def table(self):
-        """A head, a row for each, and which one is marked: lines for people."""
+        """A table for people: a header, a row per classifier, and which one is marked."""
         lines = ["          lr          wd    Acc@1    Acc@5  best Acc@1  in epoch"]
         for r, score in enumerate(self.scores):
             lines.append("{} {lr:10g}  {weight_decay:10g}  {acc1:7.3f}  {acc5:7.3f}  {best_acc1:10.3f}  {best_epoch:8d}"

@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Open data sets by name."""
 
 import dataclasses
 import os
@@ -14,12 +14,12 @@ from sogclr.shapes import Shapes
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
             "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-            "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))}       # all others have ImageNet's
+            "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))}       # all others use ImageNet's
 
 
 @dataclasses.dataclass
 class ImageSet:
-    """A data set and what is known about it. `images[i]` is `(PIL image, label)`, as in torchvision."""
+    """A data set and its properties. `images[i]` is `(PIL image, label)`, as in torchvision."""
 
     images: object
     image_size: int
@@ -28,21 +28,21 @@ class ImageSet:
 
     @property
     def blur(self):
-        """The authors blur, but not at CIFAR's 32 pixels."""
+        """Whether to blur: the authors do, but not at CIFAR's 32 pixels."""
         return self.image_size > 32
 
     @property
     def fingerprint(self):
-        """What tells one data set from another, for a run's record: `5000 images, digest 1f0c...`."""
+        """Identifies the data set in a run's record: `5000 images, digest 1f0c...`."""
         digest = getattr(self.images, "digest", None)
         return f"{len(self.images)} images" + (f", digest {digest}" if digest else "")
 
 
 def open_data_set(name, folder, split, image_size=None, labels=True):
-    """The data set called `name` (see `--data_name`).
+    """Open the data set called `name` (see `--data_name`).
 
-    folder: where it is, `data/<name>` if None; split: "train" or "val"; image_size: of the crops, None for the data
-    set's own; labels: whether classes are needed. Raises InputError where images are missing.
+    folder: its location, `data/<name>` if None; split: "train" or "val"; image_size: of the crops, None for the data
+    set's default; labels: whether classes are needed. Raises InputError if images are missing.
     """
     folder = Path(folder or Path("data") / name)
     if name == "shapes":
@@ -55,26 +55,26 @@ def open_data_set(name, folder, split, image_size=None, labels=True):
 
 
 def open_train_and_val(name, folder, image_size=None, train=None):
-    """The training images, unless they are given, and the validation images, with labels. Raises InputError also where
-    their classes differ.
+    """Open the training images, unless given, and the validation images, with labels. Raises InputError also if their
+    classes differ.
     """
     train = train or open_data_set(name, folder, "train", image_size)
     val = open_data_set(name, folder, "val", image_size)
     if train.images.classes != val.images.classes:
-        raise InputError(f"--data {folder or Path('data') / name}: train and val hold different classes "
-                         f"({len(train.images.classes)} and {len(val.images.classes)}), make them the same folders")
+        raise InputError(f"--data {folder or Path('data') / name}: train and val have different classes "
+                         f"({len(train.images.classes)} and {len(val.images.classes)}), make their folders the same")
     return train, val
 
 
 def _image_folder(name, folder, split, labels):
-    if not os.path.isdir(folder):       # False, too, where it is in a folder that may not be searched
-        raise InputError(f"--data {folder}: no such folder that can be read, give the one that holds "
+    if not os.path.isdir(folder):       # also False if inside a folder that may not be searched
+        raise InputError(f"--data {folder}: no such folder, or not readable, pass the one that contains "
                          + ("train/<class>/ and val/<class>/" if labels else "your images"))
     root = folder / split
     if not os.path.isdir(root):
         if name != "folder" or labels:
-            raise InputError(f"--data {folder}: has no folder '{split}', it must hold {split}/<class>/<image files>"
-                             + " (to pretrain on images without classes give --data_name folder)" * (name != "folder"))
+            raise InputError(f"--data {folder}: has no folder '{split}', it must contain {split}/<class>/<image files>"
+                             + " (to pretrain on images without classes use --data_name folder)" * (name != "folder"))
         root = folder
     try:
         images = ImageFiles(root, labels)
@@ -83,7 +83,7 @@ def _image_folder(name, folder, split, labels):
     classes = {"imagenet1000": 1000, "imagenet100": 100}.get(name)
     if split == "train" and classes not in (None, len(images.classes)):
         log(f"=> note: {root} has {len(images.classes)} classes, not the {classes} of {name}; "
-            "--data_name folder is for other images")
+            "use --data_name folder for other images")
     return images
 
 
@@ -92,13 +92,13 @@ def _cifar(name, folder, split):
     problem = "the download did not complete"
     if local_rank() == 0:
         try:
-            kind(folder, download=True)     # does nothing where the files are there and intact
+            kind(folder, download=True)     # does nothing if the files exist and are intact
         except (OSError, RuntimeError) as error:
             problem = error
     barrier()
     try:
         return kind(folder, train=split == "train")
     except (OSError, RuntimeError) as error:
-        raise InputError(f"--data {folder}: no {name} there and it cannot be downloaded ({problem}); put "
-                         f"{kind.base_folder} from the archive into that folder, or give --data_name folder where it "
-                         "holds image files") from error
+        raise InputError(f"--data {folder}: has no {name}, and it cannot be downloaded ({problem}); put "
+                         f"{kind.base_folder} from the archive into that folder, or use --data_name folder if it "
+                         "contains image files") from error

@@ -1,4 +1,4 @@
-"""Ranks and what they exchange. Everything works in a single process too; `sogclr.launch` starts several."""
+"""Communication between ranks. Everything also works in a single process; `sogclr.launch` starts several."""
 
 import datetime
 import inspect
@@ -12,33 +12,33 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sogclr import InputError
 
-TIMEOUT_SECONDS = 600       # for which a rank waits for another, at the start and in a collective
+TIMEOUT_SECONDS = 600       # how long a rank waits for another, at startup and in a collective
 
-_cpu_group = None       # all ranks over gloo: hosts exchange small things in it, so that no GPU is waited for
+_cpu_group = None       # all ranks over gloo, for small host-side messages that do not wait for a GPU
 
 
 def rank():
-    """This process's number, 0 in a single process."""
+    """This process's rank, 0 in a single process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
-    """How many processes train together, 1 without a process group."""
+    """Number of processes that train together, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank():
-    """This process's number on its own machine; it chooses the GPU."""
+    """This process's rank on its own machine, which selects the GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def ranks_here():
-    """How many processes of this run share this machine."""
+    """Number of this run's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def log(line, live=False):
-    """Print a line, once for all ranks. live: the next one takes its place; for a terminal alone."""
+    """Print a line on rank 0 only. live: the next line replaces it, on terminals only."""
     if rank() == 0:
         if live:
             line = line[:shutil.get_terminal_size().columns - 1]
@@ -46,31 +46,31 @@ def log(line, live=False):
 
 
 def join(url, rank, world_size, backend, device):
-    """Make the process group. Raises InputError where the ranks do not meet."""
+    """Initialize the process group. Raises InputError if the ranks do not connect."""
     timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)
     try:
         dist.init_process_group(backend, init_method=url, world_size=world_size, rank=rank, timeout=timeout,
                                 device_id=device if backend == "nccl" else None)
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"--dist-url {url}: {world_size} processes did not meet ({str(error).splitlines()[0]}); start "
-                         f"all of them within {TIMEOUT_SECONDS // 60} minutes, with the same address") from error
+        raise InputError(f"--dist-url {url}: {world_size} processes did not connect ({str(error).splitlines()[0]}); "
+                         f"start all of them within {TIMEOUT_SECONDS // 60} minutes with the same address") from error
     global _cpu_group
     _cpu_group = dist.new_group(backend="gloo", timeout=timeout)
 
 
 def data_parallel(model, device):
-    """The model itself in a single process, else in DistributedDataParallel, which may take it for granted
-    (`static_graph`) that every step uses every parameter, as often as the first step did. On GPUs its BatchNorm becomes
-    that of the global batch, in place.
+    """Wrap a model in DistributedDataParallel, or return it unchanged in a single process. Every step must use every
+    parameter as often as the first step did (`static_graph`). On GPUs BatchNorm is converted in place to that of the
+    global batch.
 
     Buffers are not synchronized at each forward: SyncBatchNorm keeps its statistics equal on GPUs, and on CPUs, where
-    BatchNorm is each rank's own, rank 0's are saved.
+    BatchNorm is local to each rank, rank 0's are saved.
     """
     if world_size() == 1:
         return model
     if device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # torch 2.15 deprecates the one name, earlier releases do not know the other
+    # torch 2.15 deprecates broadcast_buffers, earlier releases lack forward_sync_buffers
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
@@ -88,10 +88,10 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_with_gradient(tensor):
-    """[b, ...] on every rank -> [B, ...] in the order of ranks, on every rank.
+    """Differentiable all-gather: [b, ...] on every rank -> [B, ...] in rank order, on every rank.
 
-    Every rank's loss depends on all of it, so the gradient of a rank's own part is the sum of what all ranks say about
-    it. (A gather that returns only what this rank says gives the right loss and a wrong gradient.)
+    Every rank's loss depends on all of it, so the gradient of a rank's local batch is the sum of all ranks' gradients.
+    (A gather that returns only this rank's gradient gives the right loss but a wrong gradient.)
     """
     return _Gather.apply(tensor) if world_size() > 1 else tensor
 
@@ -107,27 +107,27 @@ class _Mean(torch.autograd.Function):
 
 
 def mean_over_ranks(values):
-    """[b] on every rank -> the mean of all B values, 0-d, with the gradient of this rank's own mean, since DDP takes
-    the mean of the ranks' gradients.
+    """[b] on every rank -> the mean of all B values, 0-d, with the gradient of this rank's own mean, since DDP averages
+    gradients over ranks.
     """
     return _Mean.apply(values.mean()) if world_size() > 1 else values.mean()
 
 
 def all_gather(tensor):
-    """[b, ...] on every rank -> [B, ...] in the order of ranks, on every rank."""
+    """[b, ...] on every rank -> [B, ...] in rank order, on every rank."""
     if world_size() == 1:
         return tensor
     gathered = tensor.new_empty((world_size() * len(tensor), *tensor.shape[1:]))
-    # newer releases of torch deprecate the one name, older ones do not know the other
+    # newer releases of torch deprecate all_gather_into_tensor, older ones lack all_gather_single
     into_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     into_tensor(gathered, tensor.contiguous())
     return gathered
 
 
 def gather(tensor):
-    """[n, ...] on each rank, where n is its own -> [N, ...] in the order of ranks, on every rank.
+    """[n, ...] on each rank, with n differing by rank -> [N, ...] in rank order, on every rank.
 
-    Holds the result and, until it returns, nothing but the tensor itself.
+    Holds only the result and, until it returns, the tensor itself.
     """
     if world_size() == 1:
         return tensor
@@ -142,14 +142,14 @@ def gather(tensor):
 
 
 def all_reduce_sum(tensor):
-    """Replace the tensor by its sum over the ranks, in place, and return it."""
+    """Sum the tensor over ranks in place and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast(tensor):
-    """Replace the tensor by rank 0's, in place."""
+    """Replace the tensor with rank 0's, in place."""
     if world_size() > 1:
         dist.broadcast(tensor, src=0)
 
@@ -164,13 +164,13 @@ def broadcast_int(value):
 
 
 def start_any(flag):
-    """Begin to ask whether a flag is true on any rank; returns a function that waits for the answer."""
+    """Start checking whether a flag is true on any rank; returns a function that waits for the answer."""
     answer = torch.tensor([flag], dtype=torch.uint8)
     work = dist.all_reduce(answer, dist.ReduceOp.MAX, group=_cpu_group, async_op=True)
     return lambda: work.wait() and bool(answer)
 
 
 def barrier():
-    """Wait until every rank is here."""
+    """Wait until every rank arrives."""
     if world_size() > 1:
         dist.barrier(group=_cpu_group)

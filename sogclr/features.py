@@ -1,4 +1,4 @@
-"""Features of a data set's images: all of them at once, or batch by batch."""
+"""Features of a data set's images, all at once or batch by batch."""
 
 import torch
 import torch.nn as nn
@@ -9,10 +9,10 @@ from sogclr.loader import EpochSampler
 
 
 class Encoder(nn.Module):
-    """uint8 [b, 3, H, W] -> features, float32 [b, C].
+    """A normalizing encoder: uint8 [b, 3, H, W] -> features, float32 [b, C].
 
     resnet: a torchvision ResNet whose `fc` is the identity; normalize: uint8 images -> its input;
-    dtype: of its arithmetic, float32 or that of autocast.
+    dtype: to compute in, float32 or that of autocast.
     """
 
     def __init__(self, resnet, normalize, dtype):
@@ -26,11 +26,11 @@ class Encoder(nn.Module):
 
 def extract(encode, loader, dtype, on_all_ranks=False):
     """Features [n, C] in `dtype` and labels [n] int64 of a loader's images, each once, on its device: this rank's part
-    of them or, on all ranks, all of them in the loader's order.
+    or, with on_all_ranks, all of them in the loader's order.
 
     encode: uint8 [b, 3, H, W] -> float [b, C], the frozen encoder with its normalization, without gradients;
-    loader: a `Loader` of `LabeledBatches`. Images that `--bad-images skip` leaves out are missing.
-    Holds one copy of the features: 2 n C bytes in half precision, for ImageNet-1K and C = 2048 5.2 GB.
+    loader: a `Loader` of `LabeledBatches`. Images skipped by `--bad-images skip` are missing.
+    Holds one copy of the features: 2 n C bytes in half precision, 5.2 GB for ImageNet-1K and C = 2048.
     """
     batch_size, features, n = loader.sampler.batch_size, None, 0
     rows = len(loader) * (batch_size if on_all_ranks else -(-batch_size // world_size()))      # at most
@@ -47,7 +47,7 @@ def extract(encode, loader, dtype, on_all_ranks=False):
 
 
 class FreshFeatures:
-    """Batches (features float32 [b, C], labels [b]) of a loader's images, encoded when it is their turn.
+    """Batches (features float32 [b, C], labels [b]) of a loader's images, encoded on the fly.
 
     encode: uint8 [b, 3, H, W] -> float32 [b, C], under inference_mode; loader: a `Loader` of `LabeledBatches`.
     """
@@ -64,24 +64,24 @@ class FreshFeatures:
 
 
 class CachedFeatures:
-    """Batches (features float32 [b, C], labels [b]) of a loader's images, which are encoded only once.
+    """Batches (features float32 [b, C], labels [b]) of a loader's images, encoded only once.
 
     encode, loader: as for `extract`; order: `EpochSampler`'s seed, shuffle, drop_last, for the batches.
-    Every rank holds all features on its device, in half precision. Raises InputError where one does not fit that, or
-    all do not fit a GPU.
+    Every rank holds all features on its device, in half precision. Raises InputError if one exceeds its range, or if
+    they do not fit on a GPU.
     """
 
     def __init__(self, encode, loader, **order):
         try:
             self.features, self.labels = extract(encode, loader, torch.float16, on_all_ranks=True)
         except torch.OutOfMemoryError as error:
-            raise InputError("--features cached: the GPU's memory does not hold the features of all images, leave the "
-                             f"flag out ({one_line(error)})") from error
+            raise InputError("--features cached: the features of all images do not fit in GPU memory, leave the flag "
+                             f"out ({one_line(error)})") from error
         self.num_images = len(self.labels)
         self.sampler = EpochSampler(self.num_images, loader.sampler.batch_size, **order)
         if not torch.stack(self.features.aminmax()).isfinite().all():
-            raise InputError("--features cached: a feature is not finite or above 65504, the largest number of half "
-                             "precision, leave the flag out")
+            raise InputError("--features cached: a feature is not finite or above 65504, the largest half-precision "
+                             "number, leave the flag out")
 
     def __len__(self):
         return len(self.sampler)

@@ -1,4 +1,4 @@
-"""The image files in a folder, listed so that 14 million of them cost little memory, and none of it twice."""
+"""The image files in a folder, listed so that 14 million of them take little memory, and none of it twice."""
 
 import hashlib
 import os
@@ -16,20 +16,20 @@ from sogclr.distributed import log
 class ImageFiles:
     """`files[i] -> (RGB image, label)` for every image file in a tree, in the order of torchvision's ImageFolder.
 
-    root: the folder; labels: whether its subfolders are classes (else every image has label 0, and images may lie
-    anywhere in it). Raises InputError where there are no images, or a class without any.
+    root: the folder; labels: whether its subfolders are classes (else every image has label 0, and images may be
+    anywhere in it). Raises InputError if there are no images, or a class has none.
 
-    The names are one byte array and the rest are number arrays. Forked worker processes share their pages with the
-    parent and, having no reference counts to write, never copy them; of a list of 14 million Python strings each would
-    make a copy. In bytes for N images with names of n bytes: (n + 12) N, so for ImageNet-1K (1.28 M, n = 30) 54 MB, and
-    for ImageNet-21K (14 M) 600 MB.
+    The names are one byte array and the rest are number arrays. Forked workers share their pages with the parent and,
+    with no reference counts to update, never copy them; each would copy a list of 14 million Python strings. Memory for
+    N images with names of n bytes: (n + 12) N bytes, so 54 MB for ImageNet-1K (1.28 M, n = 30) and 600 MB for
+    ImageNet-21K (14 M).
     """
 
     def __init__(self, root, labels):
         self.root = os.fsencode(root)
         self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if labels else ["."]
         if not self.classes:
-            raise InputError(f"--data {root}: holds no class folders, it must hold <class>/<image files>")
+            raise InputError(f"--data {root}: has no class folders, it must contain <class>/<image files>")
         names, ends, targets = bytearray(), array("q", [0]), array("i")
         last_line = time.monotonic()
         for label, folder in enumerate(self.classes):
@@ -42,7 +42,7 @@ class ImageFiles:
                     last_line = time.monotonic()
                     log(f"=> listing {root}: {len(targets)} images, folder {label + 1} of {len(self.classes)}")
             if len(targets) == before:
-                raise InputError(f"--data {root}: holds no images" + (f" of class '{folder}'" if labels else "")
+                raise InputError(f"--data {root}: contains no images" + (f" of class '{folder}'" if labels else "")
                                  + f" (files named {', '.join(IMG_EXTENSIONS)})")
         self.names = np.frombuffer(names, dtype=np.uint8)
         self.ends = np.frombuffer(ends, dtype=np.int64)
@@ -53,32 +53,32 @@ class ImageFiles:
 
     @property
     def digest(self):
-        """16 hexadecimal digits that change with any image's name, class or place, but not with what the file holds."""
+        """16 hexadecimal digits that change with any image's name, class or position, but not with file contents."""
         return hashlib.sha256(self.names.tobytes() + self.ends.tobytes() + self.targets.tobytes()).hexdigest()[:16]
 
     def path(self, i):
-        """The file's path, as bytes: names need not be UTF-8."""
+        """The file's path as bytes, since names need not be UTF-8."""
         return os.path.join(self.root, self.names[self.ends[i]:self.ends[i + 1]].tobytes())
 
     def __getitem__(self, i):
-        """Raises InputError where the file is not a readable image."""
+        """Raises InputError if the file is not a readable image."""
         path = self.path(i)
         try:
             with open(path, "rb") as file:
                 image = Image.open(file)
                 image.load()
                 if image.mode == "P" and "transparency" in image.info:
-                    image = image.convert("RGBA")       # the same colors; Pillow warns about the direct way
+                    image = image.convert("RGBA")       # the same colors; Pillow warns about converting directly
                 return image if image.mode == "RGB" else image.convert("RGB"), int(self.targets[i])
         except Exception as error:      # a damaged file can make a decoder raise anything
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
             name = path.decode("utf-8", "backslashreplace")
             raise InputError(f"{name}: not a readable image ({reason.replace(name, 'it').splitlines()[0]}), "
-                             "remove or replace it, or give --bad-images skip") from error
+                             "remove or replace it, or use --bad-images skip") from error
 
 
 def _image_paths(folder):
-    """The image files below a folder of bytes, in ImageFolder's order. Links are followed."""
+    """Paths of the image files below a folder, as bytes, in ImageFolder's order. Follows links."""
     for parent, _, files in sorted(os.walk(folder, followlinks=True), key=lambda entry: entry[0]):
         for name in sorted(files):
             if os.fsdecode(name).lower().endswith(IMG_EXTENSIONS):

@@ -1,4 +1,4 @@
-"""Command-line flags: a parser whose errors are one line, and the flags that train.py and lincls.py share."""
+"""Command-line flags: a parser with one-line errors, and the flags that train.py and lincls.py share."""
 
 import argparse
 import math
@@ -16,7 +16,7 @@ DATA_SETS = ("imagenet1000", "imagenet100", "cifar10", "cifar100", "folder", "sh
 
 
 class _Help(argparse.HelpFormatter):
-    """Appends the true default to every help text that has one and does not state it in words."""
+    """Appends the default, if any, to every help text that does not state it in words."""
 
     def _get_help_string(self, action):
         silent = action.default is None or action.default is False or action.default in ("", argparse.SUPPRESS) \
@@ -25,21 +25,21 @@ class _Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """`argparse`, with errors of one line and exit code 2, and defaults in the help."""
+    """An `argparse` parser with one-line errors, exit code 2, and defaults in the help."""
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message):
         name, _, rest = message.partition(": ")
-        if name == "unrecognized arguments" and os.path.isdir(rest):        # MoCo's and SimSiam's way
-            message += f" (the data set's folder is given as --data {rest})"
+        if name == "unrecognized arguments" and os.path.isdir(rest):        # as in MoCo and SimSiam
+            message += f" (pass the data set's folder as --data {rest})"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def require_same(self, made_with, now, source):
-        """Raise InputError where a setting differs from that in a checkpoint, naming the flag and both values.
+        """Raise InputError if a setting differs from that in a checkpoint, naming the flag and both values.
 
-        made_with, now: {name of a flag's variable: value}; what only one of them has is not compared.
+        made_with, now: {a flag's dest: value}; entries in only one of them are not compared.
         source: the flag and file that `made_with` is from.
         """
         for action in self._actions:
@@ -48,33 +48,33 @@ class Parser(argparse.ArgumentParser):
                 flag = next(name for name in action.option_strings if name.startswith("--"))
                 before, value = (" ".join(map(str, given)) if isinstance(given, list) else given
                                  for given in (before, value))
-                hint = f"leave {flag} out" if before == action.default else f"give {flag} {before}"
+                hint = f"leave {flag} out" if before == action.default else f"pass {flag} {before}"
                 raise InputError(f"{source}: was made with {flag} {before}, not {value}; {hint}, or start a new run")
 
 
 def output_file(text):
-    """A `type=` for argparse: the Path of a file to be written, refused before any work is done where it cannot be."""
+    """A `type=` for argparse: the Path of an output file, rejected before any work is done if it cannot be written."""
     path = Path(text)
     try:
         writable = not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
     except OSError:
         writable = False
     if not writable:
-        raise argparse.ArgumentTypeError(f"must be a file that can be written, in a folder that is there, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a writable file in an existing folder, got {text!r}")
     return path
 
 
 def refuse(*cases):
-    """cases: (whether flags contradict each other, the line that says so). Raises InputError at the first that do."""
+    """Raise InputError for the first contradiction. cases: (whether flags contradict each other, the message)."""
     for contradicts, line in cases:
         if contradicts:
             raise InputError(line)
 
 
 def number(kind, interval):
-    """A `type=` for argparse: an int or float inside an interval in the usual notation, such as `"(0, 1]"`.
+    """A `type=` for argparse: an int or float in an interval such as `"(0, 1]"`.
 
-    `nan` lies in no interval, so it is refused everywhere.
+    `nan` is in no interval, so it is always rejected.
     """
     low, high = (float(bound) for bound in interval[1:-1].split(","))
 
@@ -86,7 +86,7 @@ def number(kind, interval):
         above = value >= low if interval[0] == "[" else value > low
         below = value <= high if interval[-1] == "]" else value < high
         if not (above and below):
-            what = "a whole number" if kind is int else "a number"
+            what = "an integer" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {what} in {interval.replace('inf', 'infinity')}, got {text!r}")
         return value
 
@@ -94,15 +94,15 @@ def number(kind, interval):
 
 
 class _OneOrMore(argparse.Action):
-    """Of a flag with several values: one is stored as itself, more as a list."""
+    """For a flag with one or more values: stores one as itself, several as a list."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
 def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay, lr_help, momentum_of, several=False):
-    """Add the flags that both scripts have; the keywords are the defaults and the words in which they differ. Returns
-    the groups.
+    """Add the flags that both scripts share and return their groups. The keywords are the defaults and texts that
+    differ.
 
     several: whether --lr and --wd take several values.
     """
@@ -110,24 +110,23 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay, lr_help, m
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DIR", help="path to the data set (default: data/<data_name>)")
     data.add_argument("--data_name", default="imagenet1000", choices=DATA_SETS,
-                      help="which data set: ImageNet in DIR/train and DIR/val, CIFAR (downloaded when missing), "
-                           "'folder' for any tree of images, 'shapes' drawn by the program itself")
+                      help="data set: ImageNet in DIR/train and DIR/val, CIFAR (downloaded if missing), 'folder' for "
+                           "any tree of images, 'shapes' for generated images")
     data.add_argument("--image-size", type=number(int, "[8, inf)"), metavar="PIXELS",
-                      help="side of the square crop, the same in train.py and lincls.py "
+                      help="size of the square crops, the same in train.py and lincls.py "
                            "(default: 224; 32 for cifar10, cifar100 and shapes)")
     data.add_argument("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N",
-                      help="data loading processes on this machine, shared by its ranks: at most one a core, but one a "
-                           "rank if not 0")
-
+                      help="data loading processes on this machine, shared by its ranks: at most one per core, but at "
+                           "least one per rank if not 0")
     data.add_argument("--bad-images", default="stop", choices=("stop", "skip"),
-                      help="at a file that cannot be read: stop, or skip and report it (more than 1%% stop anyway)")
+                      help="on an unreadable file: stop, or skip and report it (more than 1%% stop anyway)")
 
     model = parser.add_argument_group("model")
     model.add_argument("-a", "--arch", default="resnet50", choices=ARCHITECTURES, metavar="ARCH",
                        help="torchvision ResNet: " + " | ".join(ARCHITECTURES))
     model.add_argument("--stem", default="auto", choices=("auto", "imagenet", "cifar"),
                        help="first layers: 'imagenet' is 7x7 stride 2 and max-pool, 'cifar' is 3x3 stride 1 without "
-                            "pooling, 'auto' takes cifar up to 32 pixels")
+                            "pooling, 'auto' uses cifar up to 32 pixels")
 
     optim = parser.add_argument_group("optimization")
     optim.add_argument("--epochs", default=epochs, type=number(int, "[1, inf)"), metavar="N",
@@ -135,54 +134,54 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay, lr_help, m
     optim.add_argument("--start-epoch", type=number(int, "[0, inf)"), metavar="N",
                        help="first epoch, counted from 0 (default: 0, or where --resume left off)")
     optim.add_argument("-b", "--batch-size", default=batch_size, type=number(int, "[1, inf)"), metavar="N",
-                       help="images in a global batch, over all GPUs of all machines")
+                       help="global batch size, over all GPUs of all machines")
     optim.add_argument("--lr", "--learning-rate", dest="lr", default=lr, type=number(float, "(0, inf)"), metavar="LR",
-                       help=lr_help + "; several values train as many classifiers in one pass" * several, **values)
+                       help=lr_help + "; several values train one classifier each in one pass" * several, **values)
     optim.add_argument("--momentum", default=0.9, type=number(float, "[0, 1)"), metavar="M",
-                       help=f"of {momentum_of}")
+                       help=f"{momentum_of} momentum")
     optim.add_argument("--wd", "--weight-decay", dest="weight_decay", default=weight_decay,
                        type=number(float, "[0, inf)"), metavar="W",
-                       help="weight decay" + "; several values: each with each learning rate" * several, **values)
+                       help="weight decay" + "; several values: each with every learning rate" * several, **values)
     optim.add_argument("--precision", choices=("bf16", "fp16", "fp32"),
-                       help="of the encoder's arithmetic; the loss is always float32; with fp32 a GPU's convolutions "
-                            "use TF32 (default: bf16 on a GPU that has it, else fp16; fp32 on the CPU)")
+                       help="precision of the encoder; the loss is always float32; with fp32, GPU convolutions use "
+                            "TF32 (default: bf16 on GPUs that support it, else fp16; fp32 on the CPU)")
     optim.add_argument("--seed", type=number(int, "[0, 4294967295]"), metavar="N",
-                       help="seed of weights, order and augmentation; also makes cuDNN deterministic "
+                       help="seed for weights, data order and augmentation; also makes cuDNN deterministic "
                             "(default: a new one, printed)")
 
     run = parser.add_argument_group("run")
     run.add_argument("--save_dir", default="./saved_models/", metavar="DIR",
-                     help="each run gets a folder in it, named after its settings")
+                     help="parent of the run folders, each named after its run's settings")
     run.add_argument("--resume", default="", metavar="PATH",
-                     help="checkpoint to continue from; 'auto' is this run's own newest intact one, if there is one")
+                     help="checkpoint to resume from; 'auto' is this run's newest intact one, if any")
     run.add_argument("--save-minutes", default=30.0, type=number(float, "[0, inf)"), metavar="MINUTES",
-                     help="write checkpoint_last also inside an epoch, when the last save is so long ago; 0 is never")
+                     help="also write checkpoint_last within an epoch, this long after the last save; 0 is never")
     run.add_argument("-p", "--print-freq", default=10, type=number(int, "[1, inf)"), metavar="N",
-                     help="steps between two progress lines")
+                     help="steps between progress lines")
 
     devices = parser.add_argument_group(
-        "devices", "Without any of these: all visible GPUs, or the CPU. Under torchrun its environment is read.")
-    devices.add_argument("--gpu", type=number(int, "[0, inf)"), metavar="N", help="use this GPU alone")
+        "devices", "Without any of these flags: all visible GPUs, or the CPU. Under torchrun, its environment is used.")
+    devices.add_argument("--gpu", type=number(int, "[0, inf)"), metavar="N", help="use only this GPU")
     devices.add_argument("--multiprocessing-distributed", action="store_true",
-                         help="start one process for each GPU of this machine")
+                         help="start one process per GPU on this machine")
     devices.add_argument("--world-size", default=-1, type=number(int, "[-1, inf)"), metavar="N",
-                         help="machines with --multiprocessing-distributed, else processes; -1 is one")
+                         help="number of machines with --multiprocessing-distributed, else of processes; -1 is one")
     devices.add_argument("--rank", default=-1, type=number(int, "[-1, inf)"), metavar="N",
-                         help="this machine's (or process's) number, from 0; -1 is 0")
+                         help="rank of this machine (or process), from 0; -1 is 0")
     devices.add_argument("--dist-url", metavar="URL",
-                         help="where several processes meet, as tcp://HOST:PORT or env:// (default: a free local port)")
+                         help="rendezvous of several processes, tcp://HOST:PORT or env:// (default: a free local port)")
     devices.add_argument("--dist-backend", choices=("nccl", "gloo"),
-                         help="communication of several processes (default: nccl on GPUs, gloo on the CPU)")
+                         help="communication backend (default: nccl on GPUs, gloo on the CPU)")
     return {"data": data, "model": model, "optimization": optim, "run": run, "devices": devices}
 
 
 def data_label(args):
-    """The data set's name in a run folder's name; where it is a folder, that one's name too."""
+    """The data set's name in a run folder's name; for --data_name folder, also that folder's name."""
     return args.data_name if args.data_name != "folder" else f"folder-{Path(args.data or 'data/folder').resolve().name}"
 
 
 def non_defaults(parser, args, names):
-    """`_seed_1_crop_min_0.2`: those of the named settings that differ from their defaults, for a run folder's name."""
+    """The named settings that differ from their defaults, for a run folder's name: `_seed_1_crop_min_0.2`."""
     return "".join(f"_{name}_{getattr(args, name)}" for name in names
                    if getattr(args, name) not in (parser.get_default(name), None))
 
@@ -190,8 +189,8 @@ def non_defaults(parser, args, names):
 def resolve_precision(precision, device):
     """`--precision` (None for this device's default) -> "bf16", "fp16" or "fp32", and its torch dtype.
 
-    On a GPU float32 is computed as torch's defaults have it, which are what we want: convolutions in TF32, matrix
-    products, of which the loss is made, in full float32.
+    On a GPU, float32 follows torch's defaults, which are what we want: convolutions in TF32, matrix products, which
+    make up the loss, in full float32.
     """
     if precision is None:
         precision = "fp32"

@@ -1,4 +1,4 @@
-"""The weighted k-nearest-neighbor classifier of InstDisc (Wu et al., arXiv 1805.01978): it needs no training."""
+"""The weighted k-nearest-neighbor classifier of InstDisc (Wu et al., arXiv 1805.01978), which needs no training."""
 
 import copy
 
@@ -12,22 +12,22 @@ from sogclr.loader import LabeledBatches, Loader
 
 
 def evaluate_knn(encode, bank, queries, num_classes):
-    """{k: accuracy in percent} of an encoder, the same on every rank.
+    """kNN accuracy of an encoder, {k: percent}, the same on every rank.
 
     encode: uint8 [b, 3, H, W] -> float [b, C]; bank, queries: `Loader`s of the training and the validation images.
     """
-    def unit(images):       # so that half precision holds them
+    def unit(images):       # so that they fit half precision
         return F.normalize(encode(images))
 
     return knn_accuracy(*extract(unit, bank, torch.float16), *extract(unit, queries, torch.float16), num_classes)
 
 
 class KNNMonitor:
-    """For --knn-freq: from an encoder in training to {"kNN-20": accuracy in percent, ...}, the same on every rank.
+    """For --knn-freq: kNN accuracy of an encoder in training, {"kNN-20": percent, ...}, the same on every rank.
 
     train, val: `ImageSet`s with labels, whose center crops are bank and queries; args: the script's.
-    It evaluates a copy of the encoder, with the BatchNorm statistics that rank 0 would save, and leaves torch's
-    generator as it was, so that the run stays the same.
+    Evaluates a copy of the encoder, with the BatchNorm statistics that rank 0 would save, and leaves torch's generator
+    unchanged, so that the run stays the same.
     """
 
     def __init__(self, train, val, args, device, dtype):
@@ -42,7 +42,7 @@ class KNNMonitor:
         frozen.fc = torch.nn.Identity()
         for buffer in frozen.buffers():
             broadcast(buffer)
-        with torch.random.fork_rng(devices=[]):     # a loader takes its workers' seeds from there
+        with torch.random.fork_rng(devices=[]):     # a loader draws its workers' seeds from it
             encode = Encoder(frozen, self.normalize, self.dtype)
             accuracies = evaluate_knn(encode, self.bank, self.queries, self.num_classes)
         return {f"kNN-{k}": acc1 for k, acc1 in accuracies.items()}
@@ -50,21 +50,21 @@ class KNNMonitor:
 
 @torch.no_grad()
 def knn_accuracy(bank, bank_labels, queries, query_labels, num_classes, ks=(20, 200), temperature=0.07, chunk=4096):
-    """Each query's k nearest rows of the bank, by cosine similarity s, vote for their classes with weights
-    exp(s / temperature). Returns {k: percent of the queries whose class wins}, the same on every rank.
+    """kNN accuracy: each query's k nearest rows of the bank, by cosine similarity s, vote for their classes with
+    weights exp(s / temperature). Returns {k: percent of queries whose class wins}, the same on every rank.
 
-    bank: [n, C] float, the training set's features, of any length; bank_labels: [n] int64 in 0 to num_classes - 1;
-    queries: [m, C] the validation set's; query_labels: [m]. All are this rank's part, as `features.extract` gives
-    them, on one device. A k above the bank's size (over all ranks) takes the whole bank, and a line says so. Returns
-    nan where a feature is not finite.
+    bank: [n, C] float, the training set's features, of any norm; bank_labels: [n] int64 in 0 to num_classes - 1;
+    queries: [m, C] the validation set's; query_labels: [m]. All are this rank's part, as returned by
+    `features.extract`, on one device. A k above the bank's size (over all ranks) uses the whole bank, and is logged.
+    Returns nan if a feature is not finite.
 
-    Of rows with equal similarity those of lower classes are nearer; of classes with equal votes the lowest wins.
-    Neighbors are exact, and the same however ranks and chunks share the rows: unit rows are rounded to fixed point
-    with so many bits (21 for 1000 classes, where half precision has 11) that float64 holds every sum without rounding,
-    and the class beside it, in one number that `topk` orders.
+    Among rows of equal similarity, lower classes are nearer; among classes with equal votes, the lowest wins. Neighbors
+    are exact, and do not depend on how rows are split into ranks and chunks: unit rows are rounded to fixed point with
+    as many bits (21 for 1000 classes; half precision has 11) as let float64 hold every sum without rounding, together
+    with the class, in one number that `topk` sorts.
 
-    Each rank keeps its part of the bank and sees all queries, a chunk of them at a time with a chunk of its bank.
-    Memory: the queries of all ranks, and about 8 chunk (2 chunk + 4 C) bytes: 0.5 GB for C = 2048.
+    Each rank keeps its part of the bank and processes all queries, one chunk of them with one chunk of its bank at a
+    time. Memory: the queries of all ranks, and about 8 chunk (2 chunk + 4 C) bytes: 0.5 GB for C = 2048.
     """
     features = (bank, queries)
     broken = sum(not block.isfinite().all() for tensor in features for block in tensor.split(chunk))
@@ -72,7 +72,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, num_classes, ks=(20, 
     if broken:
         return dict.fromkeys(ks, float("nan"))
     if rows < max(ks):
-        log(f"=> kNN: the bank holds only {rows} images, so k = {max(ks)} takes them all")
+        log(f"=> kNN: the bank has only {rows} images, so k = {max(ks)} uses them all")
     k = min(max(ks), rows)
     bits = (52 - num_classes.bit_length()) // 2     # so that |key| < 2**53
 
@@ -89,7 +89,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, num_classes, ks=(20, 
 
         similarity = (best // num_classes).double() / 4**bits
         labels = num_classes - 1 - best % num_classes
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()        # of the nearest: 1
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()        # 1 for the nearest
         for i, count in enumerate(ks):
             votes = weights.new_zeros(len(some), num_classes).scatter_add_(1, labels[:, :count], weights[:, :count])
             hits[i] += (votes.argmax(1) == target).sum()
@@ -97,7 +97,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, num_classes, ks=(20, 
 
 
 def _fixed_point(rows, bits):
-    """[n, C] -> the unit rows times 2**bits, rounded, float64. A row of zeros stays so."""
+    """[n, C] -> unit rows times 2**bits, rounded, float64. Zero rows stay zero."""
     rows = rows.double()
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return (rows * (2**bits / norm.clamp_min_(1e-300))).round_()

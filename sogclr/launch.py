@@ -1,4 +1,4 @@
-"""How the processes of a run start, hear signals, and end: who is started, which line is said, which exit code."""
+"""How a run's processes start, handle signals, and end: which are started, which message and which exit code."""
 
 import contextlib
 import os
@@ -19,22 +19,22 @@ from sogclr.distributed import local_rank, log, ranks_here, world_size
 from sogclr.flags import refuse
 
 STOPPED = 75            # exit code after `Stopped` (EX_TEMPFAIL: try again)
-GRACE_SECONDS = 10      # for the other ranks of this machine to end by themselves when one has failed
-AGAIN_SECONDS = 2       # until another signal is a second one: launchers send one to a group and to each process
-# What a collective's error says, over gloo or NCCL, where another rank does not answer.
+GRACE_SECONDS = 10      # for the other ranks on this machine to end on their own after one has failed
+AGAIN_SECONDS = 2       # until another signal counts as a second: launchers signal a group and each process
+# Parts of a collective's error message, over gloo or NCCL, if another rank does not respond.
 LOST = "by peer", "closed", "broken pipe", "timed out", "timeout", "remote process"
 
 
 def launch(main_worker, args):
-    """Run `main_worker(args, device)` in every process that the flags, or torchrun's environment, ask for.
+    """Run `main_worker(args, device)` in every process that the flags or torchrun's environment request.
 
     - under torchrun: this process is one of them;
     - `--multiprocessing-distributed`, or several visible GPUs and no flag: starts one process per GPU;
-    - `--world-size N --rank R` alone: this process is number R of N;
+    - `--world-size N --rank R` alone: this process is rank R of N;
     - else a single process, on `--gpu`, on the only GPU, or on the CPU.
 
-    Ends all of them with one line and exit code 2 after an InputError, with `STOPPED` after a Stopped, and with 1 when
-    a process has died.
+    All end with one line and exit code 2 after an InputError, with `STOPPED` after a Stopped, and with 1 if a process
+    has died.
     """
     try:
         _check_flags(args)
@@ -53,29 +53,29 @@ def launch(main_worker, args):
 
 
 def _check_flags(args):
-    """Raise InputError where flags contradict each other, the environment or this machine."""
+    """Raise InputError if flags contradict each other, the environment or this machine."""
     gpus, torchrun = gpu_count(), dist.is_torchelastic_launched()
     several = args.multiprocessing_distributed or args.world_size > 1 or args.rank > 0
     told = os.environ.get("WORLD_SIZE") or str(args.world_size)
     refuse(
         (args.gpu is not None and args.gpu >= gpus,
-         f"--gpu {args.gpu}: this machine shows {gpus} GPU{'' if gpus == 1 else 's'}, "
+         f"--gpu {args.gpu}: this machine has {gpus} visible GPU{'' if gpus == 1 else 's'}, "
          + (f"numbered 0 to {gpus - 1}" if gpus else "leave the flag out to run on the CPU")),
         (args.gpu is not None and args.multiprocessing_distributed,
          "--gpu and --multiprocessing-distributed: one GPU or all of them, leave one flag out"),
         (args.dist_backend == "nccl" and not gpus,
-         "--dist-backend nccl: needs GPUs and this machine shows none, leave the flag out"),
+         "--dist-backend nccl: needs GPUs but none are visible, leave the flag out"),
         (torchrun and (several or args.dist_url or args.gpu is not None),
          "--world-size, --rank, --dist-url, --gpu, --multiprocessing-distributed: torchrun sets these, leave them out"),
         (torchrun and 0 < gpus < ranks_here(),
-         f"torchrun --nproc-per-node {ranks_here()}: this machine shows {gpus} GPUs"),
+         f"torchrun --nproc-per-node {ranks_here()}: this machine has {gpus} visible GPUs"),
         (args.world_size == 0, "--world-size 0: must be at least 1, or left out"),
         (args.rank >= max(args.world_size, 1),
          f"--rank {args.rank}: must be below --world-size {max(args.world_size, 1)}"),
         (args.dist_url and not args.dist_url.startswith(("tcp://", "file://", "env://")),
          f"--dist-url {args.dist_url}: must be tcp://HOST:PORT or env://"),
         (args.dist_url == "env://" and str(args.world_size) not in ("-1", told),
-         f"--world-size {args.world_size}: the environment says WORLD_SIZE={told}, give that"),
+         f"--world-size {args.world_size}: the environment sets WORLD_SIZE={told}, use that"),
         (args.world_size > 1 and (args.rank < 0 or not args.dist_url),
          f"--world-size {args.world_size}: needs --rank (0 to {args.world_size - 1}) and --dist-url tcp://HOST:PORT "
          "of rank 0"))
@@ -84,35 +84,35 @@ def _check_flags(args):
 
 
 def _require_free_port(url):
-    """Raise InputError where this machine, which has rank 0, cannot listen at `tcp://HOST:PORT`."""
+    """Raise InputError if this machine, which has rank 0, cannot listen on `tcp://HOST:PORT`."""
     try:
         port = urllib.parse.urlsplit(url).port or 0
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # a port that was closed just now is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # a port closed just now is free
             probe.bind(("", port))
     except ValueError as error:
         raise InputError(f"--dist-url {url}: must be tcp://HOST:PORT with a number below 65536") from error
     except OSError as error:
-        raise InputError(f"--dist-url {url}: port {port} cannot be used ({error.strerror}), take another") from error
+        raise InputError(f"--dist-url {url}: port {port} cannot be used ({error.strerror}), use another") from error
 
 
 def free_port():
-    """The number of a port on this machine that nobody listens at now."""
+    """The number of a port that is currently free on this machine."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
 
 
 def gpu_count():
-    """The GPUs that torch can use: none where the driver does not fit, although the machine may show some."""
+    """Number of GPUs that torch can use: 0 if the driver does not match, even if the machine has some."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _spawn(main_worker, args):
-    """Start one process per GPU (one at all without GPUs), hand signals on to them, and end as they do."""
+    """Start one process per GPU (one in total without GPUs), forward signals to them, and end as they do."""
     nodes, per_node = max(args.world_size, 1), max(gpu_count(), 1)
     url = args.dist_url or f"tcp://localhost:{free_port()}"
-    why = "" if args.multiprocessing_distributed else ", one for each visible GPU (--gpu N takes one alone)"
+    why = "" if args.multiprocessing_distributed else ", one per visible GPU (--gpu N uses only one)"
     print(f"=> {per_node} process{'es' if per_node > 1 else ''} on this machine{why}", flush=True)
     context = mp.spawn(_spawned, nprocs=per_node, join=False,
                        args=(main_worker, args, max(args.rank, 0), nodes, per_node, url))
@@ -121,7 +121,7 @@ def _spawn(main_worker, args):
             while not context.join(grace_period=GRACE_SECONDS):
                 pass
     except mp.ProcessExitedException as error:
-        if error.exit_code in (2, STOPPED):         # that process has said why
+        if error.exit_code in (2, STOPPED):         # that process has printed why
             sys.exit(error.exit_code)
         _fail(f"{error}; the run's other processes on this machine were stopped", 1)
 
@@ -147,7 +147,7 @@ def _start(main_worker, args, rank=0, world_size=1, url=None):
                 main_worker(args, device)
         except Stopped as where:
             stopped = True
-            log(f"=> stopped {where}; --resume auto with the same command goes on")
+            log(f"=> stopped {where}; --resume auto with the same command continues")
         if dist.is_initialized():           # not after an error: other ranks may be waiting in a collective
             distributed.barrier()           # nor before rank 0 has saved
             dist.destroy_process_group()
@@ -157,25 +157,25 @@ def _start(main_worker, args, rank=0, world_size=1, url=None):
         text = one_line(error)
         if not dist.is_initialized() or not any(sign in text.lower() for sign in LOST):
             raise
-        text = re.sub(r"^\[\S*\] ", "", text).split(". ")[0]        # without the line of C++ and the advice
-        _fail(f"another rank has ended ({text}), so the run stops; --resume auto with the same command continues after "
+        text = re.sub(r"^\[\S*\] ", "", text).split(". ")[0]        # without the C++ line and the advice
+        _fail(f"another rank has ended ({text}), so the run stops; --resume auto with the same command continues from "
               "the last save", 1, lost=True)
     if stopped:
         sys.exit(STOPPED)
 
 
 def _fail(line, code, lost=False):
-    """End this process with a line, said by the first of the ranks to fail: the others fail since it did.
+    """End this process with a line, printed only by the first rank to fail: the others fail because it did.
 
-    lost: whether another rank has ended, perhaps without a word.
+    lost: whether another rank has ended, perhaps without a message.
     """
     if _is_first_to_fail(lost):
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
     if not dist.is_initialized():
         sys.exit(code)
-    # Without the orderly exit, which could wait for collectives that others never join.
+    # Skip the orderly exit, which could wait for collectives that others never join.
     sys.stdout.flush()
-    for thread in threading.enumerate():        # a checkpoint may be on its way to the disk
+    for thread in threading.enumerate():        # a checkpoint may still be in progress
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join(timeout=60)
     os._exit(code)
@@ -186,23 +186,23 @@ def _is_first_to_fail(lost):
         return local_rank() == 0
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:        # the store has gone, and rank 0, which kept it: it was first, if it could speak
+    except RuntimeError:        # the store is gone, and rank 0, which hosted it: it was first, if it could print
         return lost and local_rank() == 0
 
 
 class _Signals:
-    """SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C) go to `hear`, in a context. Python calls it between two
-    operations: a process that hangs in one, such as a rank that waits for others, hears nothing.
+    """Context manager that passes SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C) to `hear`. Python calls it
+    between two operations: a process stuck in one, e.g. a rank waiting for others, does not react.
     """
 
     NUMBERS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
     def __enter__(self):
-        self.first = None       # when the first one came, on the monotonic clock
+        self.first = None       # when the first one arrived, on the monotonic clock
         self.before = {number: signal.signal(number, self.listen) for number in self.NUMBERS}
 
     def __exit__(self, kind, *_):
-        stopped = kind in (Stopped, mp.ProcessExitedException)      # when others have ended, launchers send one more
+        stopped = kind in (Stopped, mp.ProcessExitedException)      # launchers send one more after others have ended
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_IGN if stopped else handler)
 
@@ -217,25 +217,25 @@ class _Signals:
 
 
 class _StopSignals(_Signals):
-    """In a rank: the first asks the run to finish its step and save, another one ends it at once."""
+    """In a rank: the first signal asks the run to finish its step and save, another ends it at once."""
 
-    first = answer = None       # answer: a function that waits for what the other ranks have been asked
+    first = answer = None       # answer: a function that waits for the ranks' answer
 
     def hear(self, number, again):
         if again:
             self.end_at_once(number)
         if local_rank() == 0:
-            _say(f"=> {signal.Signals(number).name}: stops after this step and saves; once more stops at once")
+            _say(f"=> {signal.Signals(number).name}: stops after this step and saves; a second signal stops at once")
 
 
 class _ForwardedSignals(_Signals):
-    """In a process that only waits for those it has started, pids: they get each signal; a second Ctrl-C kills them."""
+    """In the launching process: forwards each signal to the processes it started, pids; a second Ctrl-C kills them."""
 
     def __init__(self, pids):
         self.pids = pids
 
     def hear(self, number, again):
-        kill = again and number == signal.SIGINT        # other signals come from launchers, also when all is saved
+        kill = again and number == signal.SIGINT        # launchers send other signals even after all is saved
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):       # has ended
                 os.kill(pid, signal.SIGKILL if kill else number)
@@ -244,8 +244,8 @@ class _ForwardedSignals(_Signals):
 
 
 def _say(line):
-    """Print to the error output from a signal handler, where print could have been interrupted in the middle of a line,
-    and where there may be nobody left to read it.
+    """Print to stderr from a signal handler, where print may have been interrupted in the middle of a line, and where
+    nobody may be left to read it.
     """
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())
@@ -255,10 +255,10 @@ _signals = _StopSignals()       # this process's
 
 
 def stop_requested():
-    """Whether a signal has asked any rank to stop. To be asked once per step by every rank; all get the same answer.
+    """Whether a signal has asked any rank to stop. Call once per step on every rank; all get the same answer.
 
-    With several ranks it is that of the step before, so that no rank waits for the others' present one. Raises
-    RuntimeError where another rank has died.
+    With several ranks it is the previous step's, so that no rank waits for the others' current one. Raises RuntimeError
+    if another rank has died.
     """
     asked = _signals.first is not None
     if world_size() == 1:

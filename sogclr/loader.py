@@ -1,8 +1,8 @@
-"""Batches of images: their crops, their order, and how they come to the device.
+"""Batches of images: their crops, their order, and their transfer to the device.
 
-The worker processes read and decode an image once and cut its crops as uint8; color is done in whole batches on the
-device (`sogclr.augment`). What is random about image i in epoch e depends on (seed, e, i) alone: neither on the number
-of workers nor on the number of ranks.
+Worker processes read and decode each image once and make its uint8 crops; color augmentation runs in whole batches on
+the device (`sogclr.augment`). The randomness of image i in epoch e depends only on (seed, e, i), not on the number of
+workers or ranks.
 """
 
 import math
@@ -21,7 +21,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from sogclr import InputError
 from sogclr.distributed import log, rank, ranks_here, world_size
 
-# What the random numbers are for. Each generator is seeded by (seed, purpose, epoch, image).
+# Purposes of random numbers. Each generator is seeded by (seed, purpose, epoch, image).
 _ORDER, _VIEWS = 0, 1
 
 
@@ -30,7 +30,7 @@ _ORDER, _VIEWS = 0, 1
 # ---------------------------------------------------------------------------------------------------------------------
 
 def crop_box(rng, width, height, scale):
-    """The box of torchvision's RandomResizedCrop: ten tries, then the largest central one of an allowed ratio.
+    """A box as in torchvision's RandomResizedCrop: ten tries, then the largest central one of an allowed ratio.
 
     scale: (low, high) fraction of the area; the ratio of width to height is log-uniform in 3/4..4/3.
     Returns left, top, width, height in pixels.
@@ -48,18 +48,18 @@ def crop_box(rng, width, height, scale):
 
 
 def random_crop(image, rng, size, scale):
-    """uint8 [3, H, W] -> uint8 [3, size, size]: a random box, resized with antialiasing, flipped half of the times."""
+    """uint8 [3, H, W] -> uint8 [3, size, size]: a random box, resized with antialiasing, flipped half the time."""
     left, top, width, height = crop_box(rng, image.shape[2], image.shape[1], scale)
-    # As a batch of one whose strides say channels_last, as PIL's pixels are: so the fast kernel is taken.
+    # As a batch of one with channels_last strides, PIL's layout, so that the fast kernel is used.
     box = image.permute(1, 2, 0)[None, top:top + height, left:left + width].permute(0, 3, 1, 2)
     crop = F.interpolate(box, size=(size, size), mode="bilinear", antialias=True)[0]
     return crop.flip(2) if rng.random() < 0.5 else crop
 
 
 def center_view(image, size):
-    """PIL -> uint8 [3, size, size], as in the evaluation of ImageNet: resize to 256, crop 224 (in proportion).
+    """PIL -> uint8 [3, size, size] as in ImageNet evaluation: resize to 256, center crop 224 (in proportion).
 
-    Up to 32 pixels the whole image is taken.
+    Up to 32 pixels the whole image is used.
     """
     return pil_to_tensor(center_crop(resize(image, size if size <= 32 else size * 256 // 224), [size, size]))
 
@@ -69,17 +69,17 @@ def center_view(image, size):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
-    """What a worker hands over: the batch itself, and which images it could not read, as {index: one line}."""
+    """What a worker returns: the batch itself, and the images it could not read, as {index: one line}."""
 
     content: tuple
     bad: dict
 
 
 class _Batches(torch.utils.data.Dataset):
-    """Makes whole batches in a worker process, of uint8 images by default.
+    """Makes complete batches in a worker process, of uint8 images by default.
 
     image_set: an `ImageSet`; bad_images: "stop" at an image that cannot be read, or "skip" it.
-    `bytes_per_image`: of what a worker hands over.
+    `bytes_per_image`: of what a worker returns.
     """
 
     def __init__(self, image_set, seed, bad_images):
@@ -90,8 +90,8 @@ class _Batches(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitems__(self, item):
-        """A `Batch` of what `EpochSampler` yields; or, since an exception would lose its one line on the way, the
-        InputError to be raised.
+        """A `Batch` for what `EpochSampler` yields; or the InputError to raise, since an exception would lose its one
+        line in transit.
         """
         try:
             return self.make(*item)
@@ -99,10 +99,10 @@ class _Batches(torch.utils.data.Dataset):
             return error
 
     def read(self, wanted, replacements):
-        """The images [(index, RGB image, label)] that are wanted and the unreadable ones {index: one line}.
+        """Read the wanted images, [(index, RGB image, label)], and report the unreadable ones, {index: one line}.
 
-        Where images are skipped, each is replaced by the next readable one of the replacements, under that one's own
-        index: an estimator must only see its own image.
+        A skipped image is replaced by the next readable replacement, under the replacement's own index: an estimator
+        must only see its own image.
         """
         good, bad, replacements = [], {}, iter(replacements)
         for index in wanted:
@@ -122,10 +122,10 @@ class _Batches(torch.utils.data.Dataset):
 
 
 class TwoViewBatches(_Batches):
-    """Batches (view a, view b, index [B]), of each view (crops uint8 [B, 3, size, size], uniforms float32 [B, U]).
+    """Batches (view a, view b, index [B]), each view (crops uint8 [B, 3, size, size], uniforms float32 [B, U]).
 
-    num_uniforms: U, how many uniform random numbers the augmentation wants for a view (`Augment.num_uniforms`);
-    recipe: None, or a torchvision transform that makes a whole view [3, size, size] of a PIL image here, in the worker:
+    num_uniforms: U, how many uniform random numbers the augmentation needs per view (`Augment.num_uniforms`);
+    recipe: None, or a torchvision transform that makes a complete view [3, size, size] of a PIL image in the worker:
     then each view is (float32 [B, 3, size, size], [B, 0]).
     """
 
@@ -138,7 +138,7 @@ class TwoViewBatches(_Batches):
         good, bad = self.read(wanted, replacements)
         if len(good) < len(wanted):
             raise InputError(f"--bad-images skip: {len(bad)} unreadable images in one batch and its replacements, "
-                             f"such as {next(iter(bad.values()))}")
+                             f"e.g. {next(iter(bad.values()))}")
         views = self.with_recipe(epoch, good) if self.recipe else self.with_crops(epoch, good)
         return Batch((*views, torch.tensor([index for index, _, _ in good])), bad)
 
@@ -164,7 +164,7 @@ class TwoViewBatches(_Batches):
 
 
 class LabeledBatches(_Batches):
-    """Batches (crops uint8 [B, 3, size, size], labels [B]): random crops if `augment`, else the center.
+    """Batches (crops uint8 [B, 3, size, size], labels [B]): random crops if `augment`, else center crops.
 
     A skipped image is replaced if `augment`; for evaluation it is left out, so that none is counted twice.
     """
@@ -189,12 +189,12 @@ class LabeledBatches(_Batches):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class EpochSampler(torch.utils.data.Sampler):
-    """This rank's part of each global batch of an epoch, as (epoch, indices, indices of replacements).
+    """This rank's local batch of each global batch of an epoch, as (epoch, indices, indices of replacements).
 
-    All ranks cut the same order, which depends on (seed, epoch) alone, so no image is seen twice in an epoch. The
-    replacements of unreadable images are the rank's part of the next batch: no other rank has them now.
-    drop_last: leave out the last incomplete global batch (other images each epoch, since the order changes).
-    `epoch`, `first_step`: where the next iteration begins. Holds 8 bytes per image while an epoch runs.
+    All ranks split the same order, which depends only on (seed, epoch), so no image is seen twice in an epoch. The
+    replacements for unreadable images are the rank's next local batch: no other rank has them now.
+    drop_last: drop the last incomplete global batch (different images each epoch, since the order changes).
+    `epoch`, `first_step`: where the next iteration begins. Holds 8 bytes per image during an epoch.
     """
 
     def __init__(self, num_images, batch_size, seed=0, shuffle=False, drop_last=False):
@@ -220,14 +220,14 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 def check_batch_size(batch_size, num_images, flag="--batch-size"):
-    """Raise InputError where the ranks cannot share a batch equally, as BatchNorm wants, or images are too few."""
+    """Raise InputError if a batch cannot be split equally over ranks, as BatchNorm needs, or images are too few."""
     ranks = world_size()
     if batch_size % ranks or batch_size < 2 * ranks:
         raise InputError(f"{flag} {batch_size}: must be at least 2" if ranks == 1 else
-                         f"{flag} {batch_size}: {ranks} processes cannot share it equally with at least 2 images each, "
-                         f"take a multiple of {ranks} from {2 * ranks} on")
+                         f"{flag} {batch_size}: cannot be split equally over {ranks} processes with at least 2 images "
+                         f"each, use a multiple of {ranks} from {2 * ranks} up")
     if batch_size > num_images:
-        raise InputError(f"{flag} {batch_size}: the data set holds only {num_images} images, take a smaller batch")
+        raise InputError(f"{flag} {batch_size}: the data set has only {num_images} images, use a smaller batch")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,14 +235,13 @@ def check_batch_size(batch_size, num_images, flag="--batch-size"):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Loader:
-    """Batches on the device, made by worker processes, an epoch at a time: `for ... in loader.epoch(e)`.
+    """Batches on the device, made by worker processes, one epoch at a time: `for ... in loader.epoch(e)`.
 
-    batches: `TwoViewBatches` or `LabeledBatches`, whose last item, indices or labels, stays on the host; batch_size: of
-    the global batch; workers: processes on this machine, for all its ranks; order: `EpochSampler`'s seed, shuffle,
-    drop_last.
+    batches: `TwoViewBatches` or `LabeledBatches`, whose last item, indices or labels, stays on the host; batch_size:
+    global; workers: processes on this machine, over all its ranks; order: `EpochSampler`'s seed, shuffle, drop_last.
     """
 
-    MOST_BAD = 0.01     # of a rank's images in an epoch; more stop the run although they are skipped
+    MOST_BAD = 0.01     # fraction of a rank's images in an epoch; more stop the run even if skipped
 
     def __init__(self, batches, batch_size, workers, device, **order):
         self.sampler = EpochSampler(len(batches), batch_size, **order)
@@ -253,7 +252,7 @@ class Loader:
         self.loader = torch.utils.data.DataLoader(
             batches, batch_sampler=self.sampler, collate_fn=_as_arrays if through_pipes else _as_made,
             num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=_leave_signals_to_the_rank,
-            # A rank that was spawned would spawn its workers too: each would import torch and copy the list of files.
+            # A spawned rank would also spawn its workers: each would import torch and copy the list of files.
             multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
             persistent_workers=workers > 0 and self.sampler.shuffle)        # evaluation's workers end with it
 
@@ -262,8 +261,8 @@ class Loader:
         return len(self.sampler)
 
     def epoch(self, epoch, first_step=0):
-        """The batches from `first_step` on; those before it are neither read nor decoded. Raises the InputError that a
-        worker met, or one at too many bad images.
+        """Yield the batches from `first_step` on; earlier ones are neither read nor decoded. Raises a worker's
+        InputError, or one for too many bad images.
         """
         self.sampler.epoch, self.sampler.first_step = epoch, first_step
         allowed, bad_now = self.MOST_BAD * self.num_images / world_size(), 0
@@ -273,13 +272,13 @@ class Loader:
             bad_now += len(batch.bad)
             self.report(batch.bad)
             if bad_now > allowed:
-                raise InputError(f"--bad-images skip: {bad_now} unreadable images by now in epoch {epoch}, more than "
-                                 f"{self.MOST_BAD:.0%} of the data set, such as {next(iter(batch.bad.values()))}")
+                raise InputError(f"--bad-images skip: {bad_now} unreadable images so far in epoch {epoch}, more than "
+                                 f"{self.MOST_BAD:.0%} of the data set, e.g. {next(iter(batch.bad.values()))}")
             *images, last = batch.content
             yield *(_to_device(part, self.device) for part in images), torch.as_tensor(last)
 
     def report(self, bad):
-        """Name each unreadable file once, on the rank that met it."""
+        """Report each unreadable file once, on the rank that read it."""
         for index, line in bad.items():
             if index not in self.reported:
                 self.reported.add(index)
@@ -287,7 +286,7 @@ class Loader:
 
 
 def _to_device(part, device):
-    if isinstance(part, (tuple, list)):     # pinning makes lists of tuples in some releases of torch
+    if isinstance(part, (tuple, list)):     # pinning turns tuples into lists in some torch releases
         return tuple(_to_device(item, device) for item in part)
     return torch.as_tensor(part).to(device, non_blocking=True)
 
@@ -297,7 +296,7 @@ def _as_made(batch):
 
 
 def _as_arrays(batch):
-    """The same with arrays for tensors: workers hand over tensors in shared memory, but arrays through a pipe."""
+    """Convert tensors to arrays: workers send tensors via shared memory, but arrays through a pipe."""
     if isinstance(batch, torch.Tensor):
         return batch.numpy()
     if isinstance(batch, Batch):
@@ -306,23 +305,23 @@ def _as_arrays(batch):
 
 
 def _fits_shared_memory(wanted):
-    """Whether /dev/shm has space for so many bytes of batches. Containers often have 64 MiB, and a worker that finds it
-    full is killed.
+    """Whether /dev/shm has space for this many bytes of batches. Containers often have 64 MiB, and a worker is killed
+    if it is full.
     """
     try:
         free = shutil.disk_usage("/dev/shm").free
-    except OSError:     # this system shares memory in another way
+    except OSError:     # this system shares memory differently
         return True
     if free < wanted:
-        log(f"=> /dev/shm has only {free / 2**20:.0f} of the {wanted / 2**20:.0f} MiB that the workers' batches want: "
-            "they come through pipes, which is slower (docker --shm-size or --ipc=host gives more, --workers wants "
+        log(f"=> /dev/shm has only {free / 2**20:.0f} of the {wanted / 2**20:.0f} MiB that the workers' batches need: "
+            "pipes are used instead, which is slower (docker --shm-size or --ipc=host gives more, fewer --workers need "
             "less)")
     return free >= wanted
 
 
 def _leave_signals_to_the_rank(worker):
-    """What stops a run is often sent to all its processes. A worker goes on until its own rank ends it, which torch
-    does by SIGTERM where it must, or is gone.
+    """Make a worker ignore signals that stop a run, which are often sent to all its processes. It continues until its
+    own rank ends it, which torch does with SIGTERM if it must, or is gone.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -339,6 +338,6 @@ def _end_with_the_rank(rank_process):
 
 
 def workers_per_rank(workers):
-    """Of `--workers` for this machine: this rank's part, at least one, and no more processes than cores."""
+    """This rank's part of this machine's `--workers`: at least one, with no more processes than cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(1, workers) and max(1, min(workers, cores) // ranks_here())

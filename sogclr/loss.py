@@ -1,25 +1,25 @@
-"""The global contrastive loss of SogCLR, which owns the moving averages `u`, and SimCLR's loss to compare with.
+"""The global contrastive loss of SogCLR, which owns the moving averages `u`, and SimCLR's loss for comparison.
 
 Names follow the paper (Yuan et al., ICML 2022, arXiv 2202.12387):
 
     B          images in the global batch, over all ranks; b = B / ranks of them on this rank
     z^a, z^b   [b, D] L2-normalized projections of the two views; s(x, y) = x . y; tau the temperature
-    g_i^a      mean of exp(s(z_i^a, z_j)/tau) over its negatives z_j: both views of all other images j, 2(B-1) in number
+    g_i^a      mean of exp(s(z_i^a, z_j)/tau) over its negatives z_j: both views of all other images j, 2(B-1) in total
 
-What is minimized is the global contrastive loss, for which g has all other images of the data set as negatives:
+The objective is the global contrastive loss, for which g has all other images of the data set as negatives:
 
     GCL = mean_i [ tau log g_i^a + tau log g_i^b - 2 s(z_i^a, z_i^b) ]
 
-Its gradient has g in the denominator, where that of a small batch does harm. There SogCLR puts a moving average:
+Its gradient has g in the denominator, where a small batch's g does harm. SogCLR puts a moving average there:
 
-    u_i        moving average of g_i, one for each image of the data set; 0 before the image's first visit
+    u_i        moving average of g_i, one per image of the data set; 0 before the image's first visit
     U_i^a      (1 - gamma_i) u_i + gamma_i g_i^a, with gamma_i = 1 on the first visit and gamma after it; U_i^b likewise
     w_ij^a     exp(s(z_i^a, z_j)/tau) / U_i^a, held fixed; w_ij^b likewise
     u_i     <- (U_i^a + U_i^b) / 2
     loss     = mean_i [ -2 s(z_i^a, z_i^b) + 1/(2(B-1)) sum_j (w_ij^a s(z_i^a, z_j) + w_ij^b s(z_i^b, z_j)) ]
 
 so that the gradient of `loss` is that of GCL with 1/U for 1/g: the tau before the logarithm and the 1/tau of the score
-cancel. What is exponentiated is kept as its logarithm, since exp(1/tau) leaves float32 below tau = 0.0113.
+cancel. Exponentials are stored as their logarithms, since exp(1/tau) overflows float32 below tau = 0.0113.
 """
 
 import math
@@ -34,17 +34,17 @@ from sogclr.distributed import all_gather, gather_with_gradient, mean_over_ranks
 def similarities(z1, z2):
     """The similarities of this rank's views to all views of the global batch.
 
-    z1, z2: [b, D] the two views' projections, not normalized, as many on each rank.
-    Returns, in float32 or better also inside autocast: keys [2B, D], the unit projections of all ranks, views a before
+    z1, z2: [b, D] the two views' projections, not normalized, with the same b on each rank.
+    Returns, in float32 or higher even inside autocast: keys [2B, D], the unit projections of all ranks, views a before
     views b, with their gradient; s [2b, 2B], the similarity of each view of this rank (a before b) to each key;
     positive [b], that of an image's two views; is_negative [2b, 2B], whether the key is a view of another image.
-    Raises ValueError where the views' shapes differ, or where one image is all there is.
+    Raises ValueError if the views' shapes differ, or if there is only one image.
     """
     if z1.ndim != 2 or z1.shape != z2.shape:
-        raise ValueError(f"the two views must be [B, D] and alike, got {list(z1.shape)} and {list(z2.shape)}")
+        raise ValueError(f"the two views must both be [B, D], got {list(z1.shape)} and {list(z2.shape)}")
     b, B = len(z1), len(z1) * world_size()
     if B < 2:
-        raise ValueError("the batch must hold at least 2 images: one alone has no negatives")
+        raise ValueError("the batch must have at least 2 images: a single one has no negatives")
     with torch.autocast(z1.device.type, enabled=False):
         z = F.normalize(torch.cat([z1, z2]).to(torch.promote_types(z1.dtype, torch.float32)), dim=1)    # [2b, D]
         z1, z2 = z.chunk(2)
@@ -57,7 +57,7 @@ def similarities(z1, z2):
 
 
 class _Loss(nn.Module):
-    """What both losses share: the temperature, and what others may read of the last global batch, alike on all ranks.
+    """What both losses share: the temperature, and public values of the last global batch, equal on all ranks.
 
     keys: [2B, D] the unit projections, views a before views b; log_U: [B, 2] of U_i^a and U_i^b; both detached.
     """
@@ -71,7 +71,7 @@ class _Loss(nn.Module):
 
     @torch.no_grad()
     def gcl(self):
-        """The last batch's estimate of GCL, with U for g, 0-d: the value to watch."""
+        """The last batch's estimate of GCL, with U for g, 0-d: the value to monitor."""
         z1, z2 = self.keys.chunk(2)
         return (self.temperature * self.log_U.sum(1) - 2 * (z1 * z2).sum(1)).mean()
 
@@ -82,7 +82,7 @@ class GlobalContrastiveLoss(_Loss):
     num_samples: N, the size of the data set; temperature: tau > 0; gamma: in (0, 1], weight of the new value in `u`.
 
     The moving averages are the buffer `log_u` ([N] float32, -inf before the first visit). Two more are `batches`, the
-    number of batches so far, and `last_visit` ([N] int32), that number when an image was last seen, -1 if not known.
+    number of batches so far, and `last_visit` ([N] int32), its value when an image was last seen, -1 if unknown.
     """
 
     def __init__(self, num_samples, temperature=0.1, gamma=0.9):
@@ -96,7 +96,7 @@ class GlobalContrastiveLoss(_Loss):
 
     @property
     def u(self):
-        """[N] the moving averages, 0 where an image was never visited."""
+        """[N] the moving averages, 0 for images never visited."""
         return self.log_u.exp()
 
     @u.setter
@@ -105,31 +105,31 @@ class GlobalContrastiveLoss(_Loss):
 
     @property
     def age(self):
-        """How many batches ago each image was visited, where that is known: [at most N] int32, in the images' order."""
+        """How many batches ago each image was last visited, where known: [at most N] int32, in the images' order."""
         return (self.batches - self.last_visit)[self.last_visit >= 0]
 
     def forward(self, z1, z2, index):
-        """z1, z2: [b, D] the two views' projections, not normalized; index: [b] the images' places in the data set.
+        """The loss of the global batch, 0-d, the same on all ranks; also updates `u` of its images.
 
-        Returns the loss of the global batch, 0-d, the same on all ranks, and updates `u` of its images. Under DDP,
-        which takes the mean of the ranks' gradients, its gradient is that of one process with all B images. The value
-        says little and may be negative: watch `gcl()`.
+        z1, z2: [b, D] the two views' projections, not normalized; index: [b] the images' indices in the data set.
+        Under DDP, which averages gradients over ranks, its gradient is that of one process with all B images. The value
+        itself says little and may be negative: monitor `gcl()`.
 
-        Call `backward()` outside autocast, as torch asks: inside, torch takes the gradient of the similarities in half
-        precision. Needs about 4.3 float32 matrices [2b, 2B] at a time: 1.1 GiB at B = 4096 on one device.
-        Raises ValueError where shapes do not fit, or an image is out of range or appears twice. (Of an index on a GPU
-        only the shape is checked, since to look at it would wait for the GPU.)
+        Call `backward()` outside autocast, as torch recommends: inside, torch computes the gradient of the similarities
+        in half precision. Needs about 4.3 float32 matrices [2b, 2B] at a time: 1.1 GiB at B = 4096 on one device.
+        Raises ValueError if shapes do not match, or an image is out of range or appears twice. (For an index on a GPU
+        only the shape is checked, since reading it would wait for the GPU.)
         """
         keys, s, positive, is_negative = similarities(z1, z2)
         if index.shape != positive.shape:
             raise ValueError(f"index must be [{len(positive)}], one for each image, got {list(index.shape)}")
         self._check(index)
-        count = len(keys) - 2                                                           # 2(B-1) negatives of each view
+        count = len(keys) - 2                                                           # 2(B-1) negatives per view
         index = index.to(s.device, non_blocking=True)
         with torch.no_grad():
             logits = (s / self.temperature).masked_fill(~is_negative, -math.inf)        # [2b, 2B]
             log_g = logits.logsumexp(1).view(2, -1) - math.log(count)                   # [2, b]
-            log_u = self.log_u[index].to(s.dtype)                                       # [b], of earlier visits
+            log_u = self.log_u[index].to(s.dtype)                                       # [b], from earlier visits
             log_kept = log_u + (math.log1p(-self.gamma) if self.gamma < 1 else -math.inf)
             log_U = torch.logaddexp(log_kept, math.log(self.gamma) + log_g)             # [2, b]
             log_U = torch.where(log_u == -math.inf, log_g, log_U)                       # gamma_i = 1 on the first visit
@@ -151,11 +151,11 @@ class GlobalContrastiveLoss(_Loss):
             if ordered[0] < 0 or ordered[-1] > last:
                 raise ValueError(f"index must be in 0 to {last}, got {int(ordered[0])} to {int(ordered[-1])}")
             if (ordered[1:] == ordered[:-1]).any():
-                raise ValueError("an image appears twice in the batch, but its u can take one value only")
+                raise ValueError("an image appears twice in the batch, but its u can take only one value")
 
 
 def gamma_at(epoch, gamma, decay_epochs):
-    """The cosine schedule of gamma: 1 in epoch 0, `gamma` from epoch `decay_epochs` on, half a cosine between."""
+    """The cosine schedule of gamma: 1 in epoch 0, `gamma` from epoch `decay_epochs` on, half a cosine in between."""
     return gamma + (1 - gamma) * 0.5 * (1 + math.cos(math.pi * min(epoch / decay_epochs, 1)))
 
 
@@ -163,11 +163,11 @@ class ContrastiveLoss(_Loss):
     """NT-Xent, the loss of SimCLR (Chen et al., ICML 2020, arXiv 2002.05709): `cl`, the baseline.
 
     The cross-entropy of the positive among itself and the 2(B-1) negatives, summed over the two views and averaged over
-    the images; without the factor tau that GCL has. Its `gcl()` has g of this batch for U.
+    the images; without the factor tau that GCL has. Its `gcl()` uses this batch's g for U.
     """
 
     def forward(self, z1, z2, index=None):
-        """z1, z2: [b, D] not normalized; index is not needed. Returns and raises as `GlobalContrastiveLoss`."""
+        """z1, z2: [b, D] not normalized; index is not needed. Returns and raises like `GlobalContrastiveLoss`."""
         keys, s, positive, is_negative = similarities(z1, z2)
         logits = (s / self.temperature).masked_fill(~is_negative, -math.inf)            # [2b, 2B]
         log_sum, positive = logits.logsumexp(1).view(2, -1), positive / self.temperature

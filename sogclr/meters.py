@@ -1,4 +1,4 @@
-"""Progress lines, accuracy, and a guard against losses that are not finite."""
+"""Progress lines, accuracy, and a guard against non-finite losses."""
 
 import math
 import sys
@@ -11,7 +11,7 @@ from sogclr.distributed import world_size
 
 
 class AverageMeter:
-    """The latest and the average value of something. Device tensors stay on the device until they are printed."""
+    """The latest and the average value of a quantity. Device tensors stay on the device until they are printed."""
 
     def __init__(self, name, form=".3f"):
         self.name, self.form = name, form
@@ -35,12 +35,11 @@ class AverageMeter:
 
 
 class Progress:
-    """Iterates over an epoch's batches, as (step, batch), and makes its lines, with images/s and the time that is left:
-    in MoCo's manner in a file or a pipe; with a bar on a terminal, where `live` says that each line takes the place of
-    the one before.
+    """Iterates over an epoch's batches, as (step, batch), and formats progress lines with images/s and the time left:
+    as in MoCo in a file or a pipe; with a bar on a terminal, where `live` means that each line replaces the one before.
 
     batches: with `epoch(epoch, first_step)`; epoch, first_step: where to begin; epochs: of the run; batch_size: global.
-    Speed and time left do not count an epoch's first step, in which workers start and kernels are chosen.
+    Speed and time left exclude an epoch's first step, in which workers start and kernels are selected.
     """
 
     def __init__(self, batches, epoch, first_step, epochs, batch_size):
@@ -59,7 +58,7 @@ class Progress:
             yield step, batch
 
     def step_done(self):
-        """To be called after each step."""
+        """Call after each step."""
         now = time.perf_counter()
         self.step_time.update(now - self.now)
         self.now = now
@@ -79,7 +78,7 @@ class Progress:
 
     @property
     def waiting(self):
-        """The fraction of the time in which there was nothing to train on."""
+        """The fraction of the time spent waiting for data."""
         return f"data wait {self.data_time.sum / max(self.step_time.sum, 1e-9):.0%}"
 
     def line(self, *meters):
@@ -104,24 +103,24 @@ class Progress:
 
 
 class NanGuard:
-    """Ends a run whose loss has become infinite or not a number, before anything of it is saved.
+    """Ends a run whose loss has become infinite or nan, before anything affected is saved.
 
-    On a CPU it does so before that loss's gradient is taken. A GPU is not waited for: the host learns it some steps
-    later, when the weights in memory are spoiled, but those on disk are not.
+    On a CPU this happens before that loss's gradient is computed. A GPU is not waited for: the host learns of it some
+    steps later, when the weights in memory are corrupted, but those on disk are not.
     hint: what to try, for the message.
     """
 
     def __init__(self, device, hint):
         self.hint = hint
-        self.total = torch.zeros((), device=device)     # of all losses: once not finite, never finite again
-        self.pending = None                             # keys and place of the total that is being copied to the host
+        self.total = torch.zeros((), device=device)     # of all losses: once non-finite, never finite again
+        self.pending = None                             # keys and place of the total being copied to the host
         if device.type == "cuda":
             self.host, self.arrived = torch.zeros((), pin_memory=True), torch.cuda.Event()
 
     def check(self, loss, keys, place):
-        """loss: 0-d, the global batch's; keys: [2B, D] its projections; place: epoch and step, in words.
+        """loss: 0-d, the global batch's; keys: [2B, D] its projections; place: epoch and step, as text.
 
-        Raises InputError, which names the ranks whose projections are not finite.
+        Raises InputError, naming the ranks with non-finite projections.
         """
         self.total = self.total + loss.detach()
         if not self.total.is_cuda:
@@ -137,15 +136,15 @@ class NanGuard:
         if not math.isfinite(total):
             spoiled = (~keys.isfinite().all(1)).view(2, world_size(), -1).any(2).any(0)        # [ranks]
             ranks = ", ".join(map(str, spoiled.nonzero().flatten().tolist())) or "none"
-            raise InputError(f"the loss is {total} in {place} (ranks with projections that are not finite: {ranks}); "
-                             f"{self.hint}; the checkpoints are from before")
+            raise InputError(f"the loss is {total} in {place} (ranks with non-finite projections: {ranks}); "
+                             f"{self.hint}; saved checkpoints are unaffected")
 
     def check_weights(self, model, place):
-        """Wait for the device, and raise InputError if a loss or a weight is not finite. Before each save."""
+        """Wait for the device, and raise InputError if a loss or a weight is not finite. Call before each save."""
         total = self.total + torch.stack([parameter.detach().sum() for parameter in model.parameters()]).sum()
         if not math.isfinite(total):
             raise InputError(f"the loss or a weight is not finite in {place}; {self.hint}; "
-                             "the checkpoints are from before")
+                             "saved checkpoints are unaffected")
 
 
 def clock(seconds):
@@ -155,7 +154,7 @@ def clock(seconds):
 
 
 def correct_in_top(output, target, ks):
-    """output [B, C] scores, target [B] -> [len(ks)] how many targets are among the k highest scores."""
+    """output [B, C] scores, target [B] -> [len(ks)] number of targets among the k highest scores."""
     best = output.topk(min(max(ks), output.shape[1]), dim=1).indices
     hits = best == target[:, None]
     return torch.stack([hits[:, :k].sum() for k in ks])

@@ -9,7 +9,7 @@ class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), as MoCo v3 and SogCLR use it.
 
     For a parameter of more than one dimension, d = grad + weight_decay * p, then d *= trust * |p| / |d|
-    (d is left as it is where either norm is 0). For one dimension (BatchNorm, biases), d = grad: no decay, no scaling.
+    (d is unchanged if either norm is 0). For one dimension (BatchNorm, biases), d = grad: no decay, no scaling.
     Then mu = momentum * mu + d and p -= lr * mu.
 
     params: iterable of parameters or of groups; state: `mu`, a tensor like its parameter.
@@ -48,18 +48,18 @@ class LARS(torch.optim.Optimizer):
 
 
 def scaled_lr(lr, batch_size, scaling):
-    """The peak learning rate: `sqrt`: lr * sqrt(B), as SogCLR; `linear`: lr * B / 256, as MoCo v3."""
+    """The peak learning rate: `sqrt`: lr * sqrt(B), as in SogCLR; `linear`: lr * B / 256, as in MoCo v3."""
     return lr * math.sqrt(batch_size) if scaling == "sqrt" else lr * batch_size / 256
 
 
 def lr_at(epoch, peak, epochs, warmup_epochs=0):
-    """Linear warm-up from 0, then half a cosine to 0. `epoch` counts in fractions: epoch + step / steps."""
+    """Linear warm-up from 0, then half a cosine to 0. `epoch` is fractional: epoch + step / steps."""
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
     return peak * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
 
 
 def set_lr(optimizer, lr):
-    """Give every parameter group this learning rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr

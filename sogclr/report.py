@@ -1,4 +1,4 @@
-"""What a run leaves for machines and for TensorBoard: results.json, the table of settings, the embedding."""
+"""A run's JSON records and TensorBoard logs: results.json, the table of settings, the embedding."""
 
 import contextlib
 import json
@@ -17,15 +17,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sogclr.distributed import gather, rank, world_size
 
-THUMBNAIL = 32      # pixels a side; TensorBoard wants 1000 of them in one image of at most 8192
+THUMBNAIL = 32      # pixels per side; TensorBoard needs 1000 of them in one image of at most 8192
 
 
 class Events:
-    """TensorBoard's log of a run, on rank 0; on the others nothing happens. A context, at whose end it is closed.
+    """A run's TensorBoard log, written only on rank 0. A context manager, closed on exit.
 
-    folder: of the run, None for no log; purge_step: from which step on an earlier start's events are taken back, None
-    for none. Where it cannot be written (a full disk, a folder that has vanished), that is said once, and the run goes
-    on.
+    folder: the run's, None for no log; purge_step: step from which an earlier start's events are purged, None for none.
+    If it cannot be written (a full disk, a deleted folder), this is reported once, and the run continues.
     """
 
     def __init__(self, folder, purge_step=None):
@@ -41,21 +40,21 @@ class Events:
         self.write("close")
 
     def write(self, method, *args, **kwargs):
-        """What SummaryWriter's method of that name does, such as `add_image` or `flush`."""
+        """Call the SummaryWriter method of that name, such as `add_image` or `flush`."""
         if self.writer:
             with self._may_fail():
                 getattr(self.writer, method)(*args, **kwargs)
 
     def scalars(self, values, step):
         """values: {name: number or 0-d tensor}"""
-        if self.writer:     # to read a value waits for the device
+        if self.writer:     # reading a value waits for the device
             for name, value in values.items():
                 self.write("add_scalar", name, float(value), step)
 
     def hparams(self, settings, score):
-        """A row of TensorBoard's table of settings, for this run.
+        """Add this run as a row to TensorBoard's table of settings.
 
-        settings: {name: value}; score: of one classifier, as in `Classifiers.scores`.
+        settings: {name: value}; score: one classifier's, as in `Classifiers.scores`.
         """
         settings = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
         self.write("add_hparams", settings | {name: score[name] for name in ("lr", "weight_decay")},
@@ -65,7 +64,7 @@ class Events:
     def _may_fail(self):
         try:
             yield
-        except OSError as error:    # perhaps of an earlier call: a thread writes the events
+        except OSError as error:    # perhaps from an earlier call: a thread writes the events
             print(f"=> TensorBoard logging disabled: {self.folder}: {error.strerror}", file=sys.stderr, flush=True)
             self.writer = None
 
@@ -76,12 +75,12 @@ def device_name(device):
 
 
 def device_names(device):
-    """What the run computes on, for people: `4 x NVIDIA H200`."""
+    """The run's devices, for people: `4 x NVIDIA H200`."""
     return f"{world_size()} x {device_name(device)}" + ", this will be slow" * (device.type == "cpu")
 
 
 def environment_info(device):
-    """What decides numbers apart from the settings: versions, the code's commit, the device, on a CPU the threads."""
+    """What affects results besides the settings: versions, the code's commit, the device, on a CPU the threads."""
     commit, clean = git_state(Path(__file__).resolve().parents[1])
     return {"versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": torchvision.__version__, "numpy": np.__version__},
@@ -90,15 +89,15 @@ def environment_info(device):
 
 
 def git_state(folder):
-    """The commit that is checked out in a folder, and whether its files are as committed; (None, None) where the folder
-    is no git checkout of its own.
+    """The commit checked out in a folder, and whether its files are unmodified; (None, None) if the folder is not a git
+    checkout of its own.
     """
     def git(*command):
         return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True).stdout
 
     try:
         top, commit = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
-        if Path(top).resolve() != folder:       # a copy inside somebody's repository
+        if Path(top).resolve() != folder:       # a copy inside another repository
             return None, None
         return commit, not git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
@@ -106,8 +105,8 @@ def git_state(folder):
 
 
 def write_json(path, content):
-    """Write a dict as JSON, on rank 0, all of it or nothing; nan and infinity become null. A failure is only reported:
-    a run does not end for it.
+    """Write a dict as JSON atomically, on rank 0; nan and infinity become null. A failure is only reported and does not
+    end the run.
     """
     if rank() == 0:
         part = path.with_name(path.name + ".part")
@@ -128,10 +127,10 @@ def _finite(value):
 
 @torch.no_grad()
 def add_embedding(folder, encode, loader, classes, step):
-    """Features for TensorBoard's projector, each with its class and a thumbnail. To be called on all ranks.
+    """Log features for TensorBoard's projector, with their classes and thumbnails. Call on all ranks.
 
-    folder: of the run; encode: uint8 [b, 3, H, W] -> [b, C]; loader: a `Loader` of the labeled images to show;
-    classes: their names; step: of the run; nothing is done where its folder has an embedding of this step already.
+    folder: the run's; encode: uint8 [b, 3, H, W] -> [b, C]; loader: a `Loader` of the labeled images to show;
+    classes: their names; step: the run's; nothing is done if its folder already has an embedding of this step.
     """
     parts = [(encode(images), labels.to(loader.device), _thumbnails(images)) for images, labels in loader.epoch(0)]
     features, labels, thumbnails = (gather(torch.cat(part)).cpu() for part in zip(*parts, strict=True))

@@ -1,4 +1,4 @@
-"""What train.py and lincls.py share of a run: its folder, what it resumes, when it saves and stops, and its record."""
+"""A run of train.py or lincls.py: its folder, what it resumes, when it saves and stops, and its record."""
 
 import contextlib
 import fcntl
@@ -19,15 +19,15 @@ from sogclr.launch import stop_requested
 
 
 class Run:
-    """A run in its folder, which it makes, locks, and notes the command line in. A context, in which it saves.
+    """A run and its folder, which it creates, locks, and records the command line in. A context manager for saving.
 
-    args: the script's; folder: the run's, named after its settings; keys: what its checkpoints hold; resume: a file to
-    continue from, "auto" for the folder's newest intact one if there is one, or ""; write: whether it writes at all.
+    args: the script's; folder: the run's, named after its settings; keys: its checkpoints' required ones; resume: a
+    file to resume from, "auto" for the folder's newest intact one, if any, or ""; write: whether it writes at all.
 
-    `saved`: the checkpoint, {} for a fresh run; `source`: the flag and file that it is from; `seed`: `--seed`, else
-    that of the checkpoint, else a new one, with which torch is seeded; `start_epoch`, `start_step`: see `restore`.
-    Raises InputError where the folder cannot be written, another run writes there, it holds a run that would be
-    overwritten, a checkpoint cannot be read, or this machine sees other checkpoints than rank 0's.
+    `saved`: the checkpoint, {} for a fresh run; `source`: its flag and file; `seed`: `--seed`, else the checkpoint's,
+    else a new one, with which torch is seeded; `start_epoch`, `start_step`: see `restore`.
+    Raises InputError if the folder cannot be written, another run writes there, it has a run that would be overwritten,
+    a checkpoint cannot be read, or this machine sees other checkpoints than rank 0.
     """
 
     def __init__(self, args, folder, keys, resume, write=True):
@@ -39,9 +39,9 @@ class Run:
         kept += sorted(folder.glob("checkpoint_[0-9]*.pth.tar"), reverse=True)
         if write:
             if kept and not resume:
-                raise InputError(f"{folder}: already holds a run with these settings, "
+                raise InputError(f"{folder}: already contains a run with these settings, "
                                  "continue it with --resume auto or move the folder away")
-            barrier()       # no rank may look after rank 0 has begun to write
+            barrier()       # no rank may look once rank 0 has begun to write
             self._open()
             barrier()
         path, self.saved = resume, {}
@@ -54,7 +54,7 @@ class Run:
             here, there = self.saved.get(name, 0), broadcast_int(self.saved.get(name, 0))
             if here != there:
                 raise InputError(f"--resume: rank 0 has {name} {there}, but rank {rank()} has {here}; --save_dir must "
-                                 "be one folder for all machines")
+                                 "be the same folder on all machines")
 
         # Data order and augmentation do not use torch's generator; they are seeded with the same number.
         self.seed = args.seed if args.seed is not None else self.saved.get("seed", broadcast_int(secrets.randbits(32)))
@@ -75,7 +75,7 @@ class Run:
             _lock(self.folder / "lock")
 
     def _newest_intact(self, kept, keys):
-        """The first of the files, newest first, that holds a checkpoint, and its content; those before it are named."""
+        """The newest file with an intact checkpoint, and its content; damaged newer ones are logged."""
         for path in kept:
             try:
                 return str(path), checkpoint.load(path, "--resume auto", keys)
@@ -83,19 +83,19 @@ class Run:
                 log(f"=> skipped {error}")
         if kept:
             raise InputError(f"--resume auto: no checkpoint in {self.folder} can be read, "
-                             "move the folder away to start again")
+                             "move the folder away to start over")
         others = sum(path.parent != self.folder for path in self.folder.parent.glob(f"*/{LAST}"))
-        log("=> --resume auto: no run with these settings yet" + ", a new one begins" * self.write
-            + f" ({self.folder.parent} holds {others} with other settings)" * (others > 0))
+        log("=> --resume auto: no run with these settings yet" + ", starting a new one" * self.write
+            + f" ({self.folder.parent} has {others} with other settings)" * (others > 0))
         return "", {}
 
     def restore(self, state, settings, parser, names):
-        """Take over what is to be saved; put the checkpoint, if there is one, back into it, and set `start_epoch` and
-        `start_step` after it.
+        """Register the state to save; load the checkpoint, if any, into it, and set `start_epoch` and `start_step`
+        accordingly.
 
-        state: an object with `saved()`, a dict for the checkpoint; `restore(saved, source)`, which takes it back;
-        and `check_finite(place)`, which raises InputError where it should not be saved. settings: of this run, kept in
-        its checkpoints and records; names: those, of the parser's flags, which the checkpoint's must equal.
+        state: an object with `saved()`, a dict for the checkpoint; `restore(saved, source)`, which loads it; and
+        `check_finite(place)`, which raises InputError if it should not be saved. settings: this run's, stored in its
+        checkpoints and records; names: those of the parser's flags that must equal the checkpoint's.
         """
         self.state, self.settings = state, settings
         if self.saved:
@@ -109,7 +109,7 @@ class Run:
                 self.start_epoch, self.start_step = epoch, step
 
     def first_step(self, epoch):
-        """At which step an epoch starts."""
+        """The step at which an epoch starts."""
         return self.start_step if epoch == self.start_epoch else 0
 
     def __enter__(self):
@@ -122,13 +122,13 @@ class Run:
         return self.stack.__exit__(*error)
 
     def events(self, start, name="."):
-        """A TensorBoard log in the run's folder, or that called `name` in it, from `start` on."""
+        """A TensorBoard log in the run's folder, or in its subfolder `name`, from `start` on."""
         self.logs.append(report.Events(self.folder / name if self.write else None, start or None))
         return self.stack.enter_context(self.logs[-1])
 
     def after_step(self, epoch, step, steps):
-        """Save where it is time, and stop where a signal has asked for it; after an epoch's last step, `after_epoch`
-        and `stop_if_asked` do. Raises Stopped. A run that writes nothing is too short for that.
+        """Save if due, and raise Stopped if a signal has asked for it; after an epoch's last step, `after_epoch` and
+        `stop_if_asked` do. A run that writes nothing is too short for that.
         """
         if not self.write:
             return
@@ -139,13 +139,13 @@ class Run:
                 raise Stopped(f"after epoch {epoch}, step {step}")
 
     def after_epoch(self, epoch, name=None):
-        """Save, also under a further name."""
+        """Save, also under an additional name."""
         self._save(epoch + 1, 0, f"epoch {epoch}", *([name] if name else []))
         for events in self.logs:
             events.write("flush")
 
     def stop_if_asked(self, epoch):
-        """Raise Stopped where a signal has come in an epoch's last step, and the run is not at its end."""
+        """Raise Stopped if a signal came in an epoch's last step, and the run is not finished."""
         if self.stop and epoch + 1 < self.args.epochs:
             raise Stopped(f"after epoch {epoch}")
 
@@ -156,8 +156,8 @@ class Run:
 
 
 def _lock(path):
-    """Refuse a folder that another live process writes to: a lock lives as long as its file is open, here until the
-    process ends. The system takes it off a process that has died, and does not hand it to forked workers.
+    """Lock a folder, refusing it if another live process writes to it: a lock lasts as long as its file is open, here
+    until the process ends. The system releases a dead process's lock, and forked workers do not inherit it.
     """
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

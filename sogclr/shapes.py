@@ -1,8 +1,8 @@
-"""The embedded data set: images that the program draws itself, for a first run without any download.
+"""The built-in data set of generated images, for a first run without any download.
 
 The class of an image is its figure (disc, triangle, square, cross, ring) and the figure's texture (plain, striped).
-Colors, place, size, rotation and background are random and tell nothing about it, so that what survives the
-augmentations is what tells the class.
+Colors, position, size, rotation and background are random and independent of it, so that what survives the
+augmentations is what determines the class.
 """
 
 import numpy as np
@@ -10,12 +10,12 @@ from PIL import Image
 
 FIGURES = ("disc", "triangle", "square", "cross", "ring")
 TEXTURES = ("plain", "striped")
-SIZE = 40               # pixels a side; views are cropped from it
+SIZE = 40               # pixels per side; views are cropped from it
 LENGTHS = {"train": 2500, "val": 1000}
 
 
 class Shapes:
-    """`shapes[i] -> (PIL image, label)`, as torchvision's data sets. The same images on every machine.
+    """`shapes[i] -> (PIL image, label)`, like torchvision's data sets. The same images on every machine.
 
     split: "train" or "val".
     """
@@ -44,17 +44,17 @@ def draw(labels, rng):
     axis = ((np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE) * 2 - 1
     y, x = np.meshgrid(axis, axis, indexing="ij")                       # [SIZE, SIZE]
 
-    # The figure's own coordinates: moved, turned and scaled, so that it reaches about 1.
+    # The figure's own coordinates: shifted, rotated and scaled, so that it extends to about 1.
     angle = uniform(0, 2 * np.pi, 1, 1)
     radius = uniform(0.45, 0.75, 1, 1)
     dx, dy = x - uniform(-0.25, 0.25, 1, 1), y - uniform(-0.25, 0.25, 1, 1)
     u = (np.cos(angle) * dx + np.sin(angle) * dy) / radius              # [N, SIZE, SIZE]
     v = (np.cos(angle) * dy - np.sin(angle) * dx) / radius
-    distance = np.choose(figure[:, None, None], _distances(u, v))       # below 0 inside
+    distance = np.choose(figure[:, None, None], _distances(u, v))       # negative inside
     pixel = 2 / SIZE / radius
     inside = np.clip(0.5 - distance / pixel, 0, 1)[..., None]
 
-    # Two colors of the figure and two of the background, any hue, well apart in brightness.
+    # Two colors for the figure and two for the background, of any hue, well separated in brightness.
     colors = uniform(0, 1, 4, 3)
     light = uniform(0, 0.35, 4, 1)
     figure_is_light = rng.random((n, 1, 1)) < 0.5
@@ -70,7 +70,7 @@ def draw(labels, rng):
 
 
 def _distances(u, v):
-    """Roughly the distance of each point from each figure's edge, in the order of FIGURES."""
+    """Approximate distance of each point from each figure's edge, in the order of FIGURES."""
     r = np.hypot(u, v)
     half = np.sqrt(3) / 2
     triangle = np.maximum(np.maximum(half * u + 0.5 * v, -half * u + 0.5 * v), -v) - 0.5
@@ -85,5 +85,5 @@ def _stripes(u, v, angle, frequency, phase=0.0):
 
 
 def _mix(a, b, fraction):
-    """Colors a and b [N, 3] by fraction [N, SIZE, SIZE] -> [N, SIZE, SIZE, 3]."""
+    """Blend colors a and b [N, 3] by fraction [N, SIZE, SIZE] -> [N, SIZE, SIZE, 3]."""
     return a[:, None, None] + (b - a)[:, None, None] * fraction[..., None]

@@ -1,4 +1,4 @@
-"""A few labels: a class-balanced part of a data set."""
+"""Class-balanced subsets of a data set, for evaluation with few labels."""
 
 import os
 
@@ -6,30 +6,30 @@ import numpy as np
 
 from sogclr import InputError
 
-_SUBSET = 2     # what the random numbers are for, as well as the loader's purposes 0 and 1
+_SUBSET = 2     # purpose of the random numbers, in addition to the loader's 0 and 1
 
 
 def balanced_indices(targets, percent, seed):
-    """Which images to take: [n] int64, ascending, n = percent of N rounded, but at least one of each class.
+    """Indices of a class-balanced subset: [n] int64, ascending, n = percent of N rounded, but at least one per class.
 
-    targets: N labels; percent: in (0, 100]; seed: decides, together with the labels, which.
+    targets: N labels; percent: in (0, 100]; seed: determines, together with the labels, which images.
 
-    Each class gives the same number or one more, and a class that has fewer gives all. The images are drawn in rounds,
-    one of each class a round, so that a smaller percentage is a part of a larger one of the same seed.
+    Each class contributes the same number or one more, and a class with fewer contributes all. Images are drawn in
+    rounds, one per class, so that a smaller percentage is a subset of a larger one with the same seed.
     """
     targets = np.asarray(targets)
     rng = np.random.default_rng((seed, _SUBSET))
     shuffled = rng.permutation(len(targets))
     by_class = shuffled[np.argsort(targets[shuffled], kind="stable")]           # each class in random order
     classes, sizes = np.unique(targets, return_counts=True)
-    rounds = np.concatenate([np.arange(size) for size in sizes])                # [N] the place within its class
-    places = np.repeat(rng.permutation(len(classes)), sizes)                    # [N] the class's place in a round
+    rounds = np.concatenate([np.arange(size) for size in sizes])                # [N] the position within its class
+    places = np.repeat(rng.permutation(len(classes)), sizes)                    # [N] the class's position in a round
     n = max(round(len(targets) * percent / 100), len(classes))
     return np.sort(by_class[np.lexsort((places, rounds))[:n]])
 
 
 class Subset:
-    """`subset[i] -> (PIL image, label)` for some of a data set's images: images, as in torchvision; indices: which."""
+    """`subset[i] -> (PIL image, label)` for some of a data set's images. images: as in torchvision; indices: which."""
 
     def __init__(self, images, indices):
         self.images, self.indices, self.classes = images, indices, images.classes
@@ -41,9 +41,9 @@ class Subset:
         return self.images[self.indices[i]]
 
     def write_list(self, file):
-        """Write a line per image: its path from the data set's folder, or its number where it has no file of its own.
+        """Write one line per image: its path relative to the data set's folder, or its index if it has no own file.
 
-        Raises InputError where the folder cannot be written.
+        Raises InputError if the folder cannot be written.
         """
         lines = (str(i).encode() for i in self.indices)
         if hasattr(self.images, "path"):

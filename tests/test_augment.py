@@ -1,4 +1,4 @@
-"""The batched colour stage against torchvision's operations, and its parameters' distributions against the recipe."""
+"""The batched color stage against torchvision's operations, and its parameters' distributions against the recipe."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ B = 12
 
 @pytest.fixture
 def images():
-    """Random images, with a grey one, a black one and one of saturated colours among them."""
+    """Random images, including a gray one, a black one and one with saturated colors."""
     images = torch.rand(B, 3, 17, 23, generator=torch.Generator().manual_seed(0))
     images[0] = images[0, :1]
     images[1] = 0
@@ -39,7 +39,7 @@ def test_color_jitter_equals_torchvision(images):
 
 
 def test_neutral_jitter_changes_nothing(images):
-    """Factors 1, 1, 1, 0 must leave every image as it is, in any order."""
+    """Factors 1, 1, 1, 0 must leave every image unchanged, in any order."""
     order = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(i)) for i in range(B)])
     unchanged = color_jitter(images, order, torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(B, 4))
     assert (unchanged - images).abs().max() < 1e-6
@@ -67,7 +67,7 @@ def test_blur_is_a_true_gaussian(images):
 
 
 def test_batch_equals_one_by_one():
-    """An image's result must not depend on its neighbours in the batch."""
+    """An image's result must not depend on its neighbors in the batch."""
     crops = torch.randint(0, 256, (B, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     uniforms = uniform(B, Augment.num_uniforms)
     stage = Augment((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), blur=True)
@@ -77,7 +77,7 @@ def test_batch_equals_one_by_one():
 
 
 def test_autocast_does_not_touch_the_pixels():
-    """The arithmetic must be float32 also where the caller is inside autocast, and `dtype` that of the result."""
+    """The arithmetic must be float32 even inside autocast, and `dtype` that of the result."""
     crops = torch.randint(0, 256, (B, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     uniforms = uniform(B, Augment.num_uniforms)
     mean_std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -89,10 +89,10 @@ def test_autocast_does_not_touch_the_pixels():
     assert half.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_normalisation_is_that_of_the_data_set():
+def test_normalization_uses_the_data_sets_statistics():
     """With uniforms that change nothing the result must be (x / 255 - mean) / std."""
     crops = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    uniforms = torch.full((4, Augment.num_uniforms), 0.999)       # neither jitter nor grey
+    uniforms = torch.full((4, Augment.num_uniforms), 0.999)       # neither jitter nor grayscale
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     expected = TF.normalize(crops.float() / 255, mean, std)
     assert (Augment(mean, std, blur=False)((crops, uniforms)) - expected).abs().max() < 1e-5
@@ -109,8 +109,8 @@ def uniformity(values, low, high):
 
 
 def test_jitter_parameters_have_the_recipes_distribution():
-    """p 0.8; brightness, contrast 0.6..1.4, saturation 0.8..1.2, hue -0.1..0.1, uniform; all 24 orders alike; each
-    image its own. A wrong range or probability, or one draw for the whole batch, fails.
+    """p 0.8; brightness, contrast 0.6..1.4, saturation 0.8..1.2, hue -0.1..0.1, uniform; all 24 orders equally likely;
+    separate per image. A wrong range or probability, or one sample for the whole batch, fails.
     """
     n = 20000
     order, factors = jitter_parameters(uniform(n, 9))
@@ -127,12 +127,12 @@ def test_jitter_parameters_have_the_recipes_distribution():
     assert np.abs(correlation[:4, 4:]).max() < 0.05
 
 
-def test_grey_and_blur_have_the_recipes_distribution(monkeypatch):
-    """Grey p 0.2; blur sigma uniform in 0.1..2."""
+def test_grayscale_and_blur_have_the_recipes_distribution(monkeypatch):
+    """Grayscale p 0.2; blur sigma uniform in 0.1..2."""
     n, seen = 5000, []
     monkeypatch.setattr(augment, "gaussian_blur", lambda images, sigma: seen.append(sigma) or images)
     crops = torch.randint(0, 256, (1, 3, 1, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     out = Augment((0.0,) * 3, (1.0,) * 3, blur=True)((crops.expand(n, -1, -1, -1), uniform(n, Augment.num_uniforms)))
-    grey = (out - out[:, :1]).abs().amax(dim=(1, 2, 3)) < 1e-6
-    assert abs(grey.float().mean() - 0.2) < 5 * (0.2 * 0.8 / n) ** 0.5
+    gray = (out - out[:, :1]).abs().amax(dim=(1, 2, 3)) < 1e-6
+    assert abs(gray.float().mean() - 0.2) < 5 * (0.2 * 0.8 / n) ** 0.5
     assert uniformity(seen[0], 0.1, 2.0) < 1

@@ -1,4 +1,4 @@
-"""The model's shape and names, which other people's checkpoints rely on."""
+"""The model's shapes and parameter names, on which other people's checkpoints rely."""
 
 import argparse
 
@@ -22,8 +22,8 @@ def test_projection_head_has_the_authors_layout():
     assert all(not block.bn2.weight.any() for block in model.base_encoder.layer1)       # zero-init residual
 
 
-def test_views_are_normalised_apart():
-    """Two forward passes, one a view: the second view's statistics must not touch the first view's projections."""
+def test_views_are_normalized_separately():
+    """Two forward passes, one per view: the second view's statistics must not touch the first view's projections."""
     model = SimCLR(resnet("resnet18"), dim=8, mlp_dim=16)
     x1, x2 = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
     z1, z2 = model(x1, x2)
@@ -39,7 +39,7 @@ def test_cifar_stem_keeps_the_resolution():
     assert resnet("resnet18").conv1.kernel_size == (7, 7)
 
 
-# The files of others, as they lie on the disk: (what stands before the names, what else is in the file)
+# Other people's files, as they are on disk: (prefix of the names, what else is in the file)
 FOREIGN = {
     "train.py": ("module.base_encoder.", {"module.base_encoder.fc.0.weight": torch.zeros(32, 512)}),
     "SimCLR, one process": ("base_encoder.", {}),
@@ -62,8 +62,8 @@ FOREIGN = {
 @pytest.mark.parametrize(("kind", "wrapper"), [*((kind, "state_dict") for kind in FOREIGN), ("MoCo v3", None),
                                                ("torchvision", None), ("torchvision", "model")])
 def test_encoder_is_found_in_everybodys_files(kind, wrapper, tmp_path):
-    """load_encoder must give bit-equal features, whatever stands before the names and beside them, and leave `fc`
-    alone; flags in the file, or BatchNorm counters that lack, must not hinder.
+    """load_encoder must give bit-equal features, whatever the names' prefix and other entries, and leave `fc` alone;
+    flags in the file or missing BatchNorm counters must not matter.
     """
     prefix, others = FOREIGN[kind]
     torch.manual_seed(0)
@@ -84,15 +84,15 @@ def test_encoder_is_found_in_everybodys_files(kind, wrapper, tmp_path):
 
 
 def test_other_architecture_is_refused():
-    """One line must name the file and what does not fit."""
+    """One line must name the file and what does not match."""
     state = encoder_state({"state_dict": resnet("resnet18").state_dict()}, "file")
     for model, other, message in (
             (resnet("resnet50"), {}, r'Missing key.*"layer1\.0\.conv3\.weight"'),
             (resnet("resnet18", "cifar"), {}, r"size mismatch for conv1\.weight: .*\[64, 3, 7, 7\]"),
             (resnet("resnet18"), {"prototypes": torch.zeros(1)}, r'Unexpected key.*"prototypes"')):
-        with pytest.raises(InputError, match=f"^file: does not fit this encoder, give its --arch: .*{message}"):
+        with pytest.raises(InputError, match=f"^file: does not match this encoder, pass its --arch: .*{message}"):
             load_encoder(model, state | other, "file")
-    with pytest.raises(InputError, match=r"file: holds no ResNet .* but 0\.bias, 0\.weight$"):
+    with pytest.raises(InputError, match=r"file: contains no ResNet .* found 0\.bias, 0\.weight$"):
         encoder_state({"state_dict": {"0.weight": torch.zeros(1), "0.bias": torch.zeros(1)}}, "file")
-    with pytest.raises(InputError, match="but no tensors"):
+    with pytest.raises(InputError, match="found no tensors"):
         encoder_state({"epoch": 3}, "file")

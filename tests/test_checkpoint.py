@@ -1,4 +1,4 @@
-"""Files that survive, and files that are not trusted."""
+"""Checkpoint files: surviving failures, and refusing untrusted ones."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ class Evil:
 
 @pytest.fixture
 def small_files_only():
-    """A disk that takes no more than 10 kB a file, as a full one takes no more."""
+    """A disk that accepts at most 10 kB per file, like one that is almost full."""
     _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     yield
@@ -28,7 +28,7 @@ def small_files_only():
 
 
 def test_failed_save_is_reported_and_leaves_the_old_file(tmp_path, small_files_only, capfd):
-    """Training must go on after a save for which there is no room; the next one may succeed."""
+    """Training must continue after a save for which there is no space; the next one may succeed."""
     writer = checkpoint.Writer(tmp_path)
     writer.save({"epoch": 1})
     writer.save({"epoch": 2, "large": torch.zeros(10_000)})
@@ -45,8 +45,8 @@ def test_failed_save_is_reported_and_leaves_the_old_file(tmp_path, small_files_o
 
 
 @pytest.mark.parametrize("call", ["torch.save", "os.fsync", "os.link", "os.replace", "os.replace 2", "os.replace 3"])
-def test_a_save_that_is_cut_off_spoils_nothing(call, tmp_path, monkeypatch):
-    """Wherever a save ends halfway, neither it nor the saves after it may change a checkpoint that was kept."""
+def test_an_interrupted_save_corrupts_nothing(call, tmp_path, monkeypatch):
+    """Wherever a save is interrupted, neither it nor later saves may change a kept checkpoint."""
     checkpoint.save({"epoch": 1}, tmp_path, ["checkpoint_0000.pth.tar"])
     checkpoint.save({"epoch": 2}, tmp_path)
     name, _, count = call.partition(" ")
@@ -99,7 +99,7 @@ def test_save_takes_the_values_of_its_moment(tmp_path, monkeypatch):
 
 
 def test_a_vanished_folder_is_made_again(tmp_path):
-    """Somebody may clean up while a run goes on."""
+    """The folder may be deleted during a run."""
     writer = checkpoint.Writer(tmp_path / "run")
     writer.save({"epoch": 1})
     writer.wait()
@@ -117,7 +117,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_damaged_files_are_never_read_as_something_else(tmp_path, damage):
-    """Cut anywhere: refused. A bit flipped anywhere: refused, or (between the records) without any effect."""
+    """Truncated anywhere: refused. A bit flipped anywhere: refused, or (between the records) without any effect."""
     state = {"epoch": 3, "arch": "resnet18", "state_dict": {f"w{k}": torch.randn(40) for k in range(10)}}
     checkpoint.save(state, tmp_path)
     whole = (tmp_path / checkpoint.LAST).read_bytes()

@@ -1,4 +1,4 @@
-"""What many runs come to."""
+"""Tables and plots of many runs."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from scripts.experiments import collect_results
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two losses, two batch sizes, two seeds; a random encoder and a training run beside them."""
+    """Two losses, two batch sizes, two seeds; plus a random encoder and a training run."""
     def write(name, **results):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(results))
@@ -36,8 +36,8 @@ def collect(monkeypatch, capsys, *args):
 
 
 def test_mean_and_deviation_over_seeds(runs, monkeypatch, capsys):
-    """Each seed counts once, and the best classifier stands for its run; nothing else is mixed in, and settings that
-    SimCLR has no use for do not tell runs apart.
+    """Each seed counts once, and the best classifier represents its run; nothing else is mixed in, and settings that
+    SimCLR does not use do not separate runs.
     """
     assert collect(monkeypatch, capsys, runs) == [
         "| loss | batch | kNN-20 | kNN-200 | linear evaluation, best of 3 rates | minutes | seeds |",
@@ -53,7 +53,7 @@ def test_mean_and_deviation_over_seeds(runs, monkeypatch, capsys):
 
 
 def test_differences_are_of_equal_settings_and_seeds(runs, monkeypatch, capsys):
-    """Each SogCLR must be set beside the SimCLR of its own temperature and seed, whatever its gamma, or left out."""
+    """Each SogCLR run must be paired with SimCLR of the same temperature and seed, whatever its gamma, or omitted."""
     def another(name, **encoder):
         results = json.loads((runs / "dcl_64_1" / "results.json").read_text())
         results["encoder"] |= encoder
@@ -94,9 +94,9 @@ def test_plot(runs, monkeypatch, capsys):
     with Image.open(runs / "plot.png") as picture:
         pixels, (width, height) = picture.load(), picture.size
         heights = {}
-        for name, colour in collect_results.LOSSES.values():
+        for name, color in collect_results.LOSSES.values():
             spots = [(x, y) for x in range(width) for y in range(60, height)        # below the names
-                     if pixels[x, y] == colour and pixels[x - 3, y] == pixels[x + 3, y] == colour]
+                     if pixels[x, y] == color and pixels[x - 3, y] == pixels[x + 3, y] == color]
             heights[name] = [sum(ys) / len(ys) for x in (70, width - 30) if (ys := [y for a, y in spots if a == x])]
     (simclr,), (small, large) = heights["SimCLR"], heights["SogCLR"]
     assert large < small < simclr
@@ -104,7 +104,7 @@ def test_plot(runs, monkeypatch, capsys):
 
 def test_what_cannot_be_collected(tmp_path, runs, monkeypatch, capsys):
     """No folder, one without results, the same run twice, a damaged file, and a plot that cannot be written must each
-    be one line.
+    give one line.
     """
     def refusal(*args):
         with pytest.raises(SystemExit, match="2"):
@@ -115,13 +115,13 @@ def test_what_cannot_be_collected(tmp_path, runs, monkeypatch, capsys):
 
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path / 'none'}: no such folder" in refusal(tmp_path / "none")
-    assert "holds no results.json of a pretrained encoder" in refusal(tmp_path / "empty")
+    assert "contains no results.json of a pretrained encoder" in refusal(tmp_path / "empty")
     for plot in (tmp_path / "none" / "plot.png", tmp_path, tmp_path / ("long" * 99)):
-        assert "argument --png: must be a file that can be written" in refusal(runs, "--png", plot)
+        assert "argument --png: must be a writable file in an existing folder" in refusal(runs, "--png", plot)
     again, first = runs / "zz again" / "results.json", runs / "cl_64_1" / "results.json"
     again.parent.mkdir()
     again.write_text(first.read_text())
-    assert f"{again}: has the pretraining's settings, the protocol and the seed of {first}" in refusal(runs)
+    assert f"{again}: has the same pretraining settings, protocol and seed as {first}" in refusal(runs)
     for text in (first.read_text()[:100], "null", '{"encoder": {"loss_type": "cl"}}'):
         again.write_text(text)
         assert f"{again}: cannot be read as a lincls.py result" in refusal(runs)

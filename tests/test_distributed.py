@@ -15,21 +15,21 @@ CASES = ("dcl", "cl", "dcl with unused parameters", "dcl resumed")
 
 
 class Net(torch.nn.Module):
-    """Two layers, and one that only some forward passes use."""
+    """Two layers, and an extra one that only some forward passes use."""
 
     def __init__(self):
         super().__init__()
         self.body = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5))
-        self.spare = torch.nn.Linear(5, 5)
+        self.extra = torch.nn.Linear(5, 5)
 
-    def forward(self, x1, x2, spare):
+    def forward(self, x1, x2, extra):
         z1, z2 = self.body(x1), self.body(x2)
-        return (self.spare(z1), self.spare(z2)) if spare else (z1, z2)
+        return (self.extra(z1), self.extra(z2)) if extra else (z1, z2)
 
 
 def trajectory(case, rank, world):
-    """STEPS steps of plain gradient descent on this rank's share: each step's loss, u and its age, what is watched, and
-    gradients.
+    """STEPS steps of plain gradient descent on this rank's local batch: each step's loss, u and its age, the monitored
+    values, and gradients.
     """
     torch.manual_seed(0)
     model = Net().double()
@@ -39,15 +39,15 @@ def trajectory(case, rank, world):
         net = DistributedDataParallel(model, find_unused_parameters=True)
     data = torch.randn(STEPS, 2, B, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     order = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(s))[:B] for s in range(STEPS)])
-    share = slice(rank * B // world, (rank + 1) * B // world)
+    local = slice(rank * B // world, (rank + 1) * B // world)
     record = []
     for step in range(STEPS):
         if case == "dcl resumed" and step == 2:
             state = criterion.state_dict()
             criterion = GlobalContrastiveLoss(N, TEMPERATURE).double()
             criterion.load_state_dict(state)
-        z1, z2 = net(*data[step, :, share], spare=case != "dcl with unused parameters" or step % 2 == 0)
-        loss = criterion(z1, z2, order[step, share])
+        z1, z2 = net(*data[step, :, local], extra=case != "dcl with unused parameters" or step % 2 == 0)
+        loss = criterion(z1, z2, order[step, local])
         model.zero_grad()
         loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
@@ -64,7 +64,7 @@ def worker(rank, world, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     record = {case: trajectory(case, rank, world) for case in CASES}
-    try:    # two ranks show the same image
+    try:    # two ranks see the same image
         index = torch.arange(rank * 3, rank * 3 + 4)
         GlobalContrastiveLoss(N)(torch.randn(4, 5), torch.randn(4, 5), index)
     except ValueError as error:
@@ -75,7 +75,7 @@ def worker(rank, world, folder):
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
-    """Every rank's record of a run on 2 and on 4 processes."""
+    """Every rank's record of a run with 2 and with 4 processes."""
     folder = tmp_path_factory.mktemp(f"world{request.param}")
     mp.spawn(worker, nprocs=request.param, args=(request.param, str(folder)))
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
@@ -83,8 +83,8 @@ def ranks(request, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_split_batch_equals_whole_batch(ranks, case):
-    """Each rank's loss, u, ages, GCL, alignment, uniformity and DDP gradients must be one process's on the whole batch,
-    to 1e-10.
+    """Each rank's loss, u, ages, GCL, alignment, uniformity and DDP gradients must equal one process's on the whole
+    batch, to 1e-10.
     """
     whole = trajectory(case, 0, 1)
     assert max(float(value.abs().max()) for value in whole[0][3:]) > 0.01       # there is a gradient to compare
@@ -95,7 +95,7 @@ def test_split_batch_equals_whole_batch(ranks, case):
 
 
 def test_image_on_two_ranks_is_refused(ranks):
-    """One image in the shares of two ranks must be an error on every rank."""
+    """One image in two ranks' local batches must be an error on every rank."""
     assert all("appears twice" in record["duplicate"] for record in ranks)
 
 

@@ -38,7 +38,7 @@ def export(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 def test_torchvision_has_bit_equal_features(stem, export, tmp_path, capsys):
-    """Read safely, the file must lack the classifier alone, and without it be strictly a torchvision ResNet."""
+    """Loaded safely, the file must lack only the classifier, and otherwise be exactly a torchvision ResNet."""
     encoder = export("resnet18", stem).to(memory_format=torch.contiguous_format)
     assert f"out: resnet18 with {stem} stem, 120 tensors" in capsys.readouterr().out
     state = torch.load(tmp_path / "out", weights_only=True)
@@ -56,7 +56,7 @@ def test_torchvision_has_bit_equal_features(stem, export, tmp_path, capsys):
 
 
 def test_detectron2_has_every_tensor_under_its_own_name(export, tmp_path):
-    """All of detectron2's names for a ResNet-50, written down here anew, must hold the encoder's values."""
+    """All of detectron2's names for a ResNet-50, listed here independently, must have the encoder's values."""
     encoder = export("resnet50", "imagenet", "--format", "detectron2")
     with open(tmp_path / "out", "rb") as file:
         saved = pickle.load(file)
@@ -85,9 +85,9 @@ def test_detectron2_has_every_tensor_under_its_own_name(export, tmp_path):
 @pytest.mark.parametrize(("checkpoint", "out", "flags", "message"), [
     ("missing.pth", "out", [], "CHECKPOINT missing.pth: no such file"),
     ("text", "out", [], "CHECKPOINT text: not a checkpoint"),
-    ("head.pth", "out", [], "CHECKPOINT head.pth: holds no ResNet encoder"),
-    ("half.pth", "out", [], "CHECKPOINT half.pth: its 1 tensors are not those of any of torchvision's ResNets"),
-    ("cifar.pth", "text", [], "OUT text: is there already"),
+    ("head.pth", "out", [], "CHECKPOINT head.pth: contains no ResNet encoder"),
+    ("half.pth", "out", [], "CHECKPOINT half.pth: its 1 tensors match none of torchvision's ResNets"),
+    ("cifar.pth", "text", [], "OUT text: already exists"),
     ("cifar.pth", "nowhere/out", [], "OUT nowhere/out: cannot be written: No such file or directory"),
     ("cifar.pth", "out", ["--format", "detectron2"], "--format detectron2: cifar.pth has the cifar stem"),
     ("cifar.pth", "out", ["--format", "onnx"], "argument --format: invalid choice: 'onnx'")])

@@ -1,4 +1,4 @@
-"""What happens in a long run: signals, kills, and going on afterwards, with the real scripts.
+"""Faults in long runs: signals, kills, and resuming afterwards, with the real scripts.
 
 `scripts/tools/stress_test.py` does the same for longer, at random moments.
 """
@@ -26,7 +26,7 @@ from sogclr.launch import free_port
     (lincls, 0, signal.SIGTERM, "--finetune --precision fp16 --image-size 8", 6)])
 def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, number, flags, steps, imagenet,
                                                               tmp_path, monkeypatch, capfd):
-    """A signal must let the step end, save and exit with 75; the same command must then give the very same bits."""
+    """A signal must finish the step, save and exit with 75; the same command must then give bit-identical results."""
     command = ["--data", imagenet, *TINY, "--seed", 1, "--epochs", 3, "--workers", workers, "--resume", "auto",
                *flags.split()]
     straight = call(module, *command, "--save_dir", tmp_path / "straight")
@@ -42,7 +42,7 @@ def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, n
     monkeypatch.setattr(train.KNNMonitor, "__call__", lambda *args: reports.append(steps) or evaluate(*args))
     with pytest.raises(SystemExit, match="75"):
         call(module, *command, "--save_dir", tmp_path / "cut")
-    assert len(reports) == 2 * ("--knn-freq" in flags)      # also of the epoch in whose last step the signal came
+    assert len(reports) == 2 * ("--knn-freq" in flags)      # also for the epoch in whose last step the signal came
     assert (load(tmp_path / "cut")["epoch"], load(tmp_path / "cut")["step"]) == divmod(steps, 3)
     assert f"=> {number.name}: stops after this step" in capfd.readouterr().err
     resumed = call(module, *command, "--save_dir", tmp_path / "cut")
@@ -52,7 +52,7 @@ def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, n
 
 
 def test_saves_in_an_epoch(imagenet, tmp_path, monkeypatch):
-    """--save-minutes must write checkpoint_last between two epochs' ends, and 0 never."""
+    """--save-minutes must write checkpoint_last within an epoch, and 0 never."""
     saves = []
     monkeypatch.setattr(run_module.checkpoint.Writer, "save", lambda self, state, *_: saves.append(state["step"]))
     for minutes, expected in ((1e-9, [1, 2, 0]), (0, [0])):
@@ -63,14 +63,14 @@ def test_saves_in_an_epoch(imagenet, tmp_path, monkeypatch):
 
 
 def test_save_freq(imagenet, tmp_path):
-    """Every --save-freq-th epoch and the last three stay."""
+    """Every --save-freq-th epoch and the last three are kept."""
     call(train, "--data", imagenet, *TINY, "--batch-size", 24, "--epochs", 6, "--save-freq", 2, "--save_dir", tmp_path)
     assert {path.name for path in tmp_path.rglob("checkpoint_0*")} == {
         f"checkpoint_{epoch:04d}.pth.tar" for epoch in (0, 2, 3, 4, 5)}
 
 
 class TwoRanks:
-    """`train.py` as two processes that a user has started by hand, `rank[0]` and `rank[1]`. A context."""
+    """`train.py` as two processes started by hand, `rank[0]` and `rank[1]`. A context manager."""
 
     def __init__(self, *flags, launcher=()):
         url = f"tcp://localhost:{free_port()}"
@@ -89,7 +89,7 @@ class TwoRanks:
             process.communicate()
 
     def wait_for(self, text):
-        """Read rank 0's output up to a line that holds the text."""
+        """Read rank 0's output up to a line that contains the text."""
         lines = []
         for line in self.rank[0].stdout:
             lines.append(line)
@@ -102,8 +102,8 @@ class TwoRanks:
         return [(*process.communicate(timeout=60), process.returncode) for process in self.rank]
 
 
-def test_torchrun_starts_again_what_has_died(imagenet, tmp_path):
-    """When a rank is killed under the torchrun recipe, both must meet again and continue, and the command end well."""
+def test_torchrun_restarts_what_has_died(imagenet, tmp_path):
+    """If a rank is killed under the torchrun recipe, both must reconnect and continue, and the command succeed."""
     env = os.environ | {"PYTHON": sys.executable, "GPUS": "2", "DATA": str(imagenet), "SAVE_DIR": str(tmp_path),
                         "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", ROOT / "scripts" / "pretrain_imagenet1k_torchrun.sh", *TINY, "--epochs", 5]
@@ -121,8 +121,8 @@ def test_torchrun_starts_again_what_has_died(imagenet, tmp_path):
 
 
 def test_two_ranks_stopped_and_killed_equal_undisturbed(imagenet, tmp_path):
-    """A signal to one rank must stop both; a killed rank must be named by the other, which must not hang; and what
-    `--resume auto` makes of it must be the undisturbed run, bit by bit.
+    """A signal to one rank must stop both; a killed rank must be reported by the other, which must not hang; and
+    `--resume auto` must then give the undisturbed run, bit by bit.
     """
     flags = ["--data", imagenet, "--epochs", 8, "--seed", 3, "--resume", "auto", "--save-minutes", 0.01]
     with TwoRanks(*flags, "--save_dir", tmp_path / "straight") as straight:
@@ -160,7 +160,7 @@ def test_two_ranks_stopped_and_killed_equal_undisturbed(imagenet, tmp_path):
 
 
 def test_a_last_save_that_fails_is_one_line(imagenet, tmp_path):
-    """Rank 0 must say it and end with 2; the other rank must end too, without a traceback."""
+    """Rank 0 must report it and exit with 2; the other rank must end too, without a traceback."""
     limited = ["bash", "-c", 'ulimit -f 1000; exec "$0" "$@"']        # in kB
     with TwoRanks("--data", imagenet, "--epochs", 1, "--seed", 3, "--save_dir", tmp_path, launcher=limited) as run:
         (_, error, code), (_, other_error, other) = run.end()
@@ -183,9 +183,9 @@ sys.exit(max(node.wait() for node in nodes))
 """
 
 
-def test_slurm_puts_a_stopped_job_back(imagenet, tmp_path):
-    """Two machines (processes here) must be one run; after SLURM's warning to one of them all must save and exit with
-    75, and the job goes back into the queue.
+def test_slurm_requeues_a_stopped_job(imagenet, tmp_path):
+    """Two machines (processes here) must form one run; after SLURM's warning to one of them all must save and exit with
+    75, and the job must be requeued.
     """
     for name, text in (("srun", f"#!{sys.executable}{SRUN}"), ("scontrol", f"""#!/bin/sh
 [ "$1" = show ] && echo localhost || echo "$@" >> {tmp_path}/requeued
@@ -231,7 +231,7 @@ class Launcher(subprocess.Popen):
 
 
 def test_a_signal_to_the_launcher_stops_its_processes(imagenet, tmp_path):
-    """The process that the user sees must hand the signal on, and end as the others do."""
+    """The process that the user sees must forward the signal, and end as the others do."""
     with Launcher(imagenet, tmp_path) as launcher:
         launcher.send_signal(signal.SIGTERM)
         assert "=> stopped after epoch" in launcher.stdout.read()
@@ -239,8 +239,8 @@ def test_a_signal_to_the_launcher_stops_its_processes(imagenet, tmp_path):
 
 
 def test_a_second_ctrl_c_ends_a_process_that_hangs(imagenet, tmp_path):
-    """The first signal is not heard there; the second must end all, and leave no process behind. Others must not: a
-    launcher sends them also when all is saved.
+    """It does not react to the first signal; the second must end all and leave no process behind. Other signals must
+    not: launchers send them even after all is saved.
     """
     with Launcher(imagenet, tmp_path) as launcher:
         (lock,) = tmp_path.rglob("lock")        # the rank has written its number into it

@@ -1,4 +1,4 @@
-"""Features of a data set, and what their nearest neighbours say: the same on any number of ranks."""
+"""Features of a data set and their kNN accuracies: the same on any number of ranks."""
 
 import types
 
@@ -16,12 +16,12 @@ from sogclr.loader import LabeledBatches, Loader
 
 N, SIZE = 13, 8
 UNREADABLE = 5
-# batch size, drop_last, dtype: two ranks share these batches unequally; with the last one, rank 1 gets nothing at all
+# batch size, drop_last, dtype: two ranks split these batches unequally; with the last one, rank 1 gets nothing at all
 CASES = ((4, False, torch.float32), (5, True, torch.float16), (1, False, torch.float32))
 
 
 class Numbered:
-    """Image i is of colour i and has label i, but for one that cannot be read."""
+    """Image i has color i and label i, except for one that is unreadable."""
 
     def __len__(self):
         return N
@@ -49,15 +49,15 @@ def collect(case):
 CLASSES, KS, TEMPERATURE = 10, (1, 5, 20, 200), 0.07
 
 
-def neighbourhood():
-    """Bank and queries, each with labels: classes that overlap, and rows that stand twice, under two labels. The bank
-    holds fewer than 200 rows.
+def neighborhood():
+    """Bank and queries, each with labels: overlapping classes, and rows that occur twice, with two labels. The bank has
+    fewer than 200 rows.
     """
     rng = np.random.default_rng(2)
-    centres = rng.normal(size=(CLASSES, 8))
+    centers = rng.normal(size=(CLASSES, 8))
     bank_labels, query_labels = rng.integers(CLASSES, size=120), rng.integers(CLASSES, size=300)
-    bank = centres[bank_labels] + 1.5 * rng.normal(size=(120, 8))
-    queries = centres[query_labels] + 1.5 * rng.normal(size=(300, 8))
+    bank = centers[bank_labels] + 1.5 * rng.normal(size=(120, 8))
+    queries = centers[query_labels] + 1.5 * rng.normal(size=(300, 8))
     bank = np.concatenate([bank, 4 * bank[:40], np.zeros((1, 8))])
     bank_labels = np.concatenate([bank_labels, (bank_labels[:40] + rng.integers(1, CLASSES, size=40)) % CLASSES, [3]])
     order = rng.permutation(len(bank))
@@ -78,9 +78,9 @@ def brute_force(bank, bank_labels, queries, query_labels):
     return {k: 100 * count / len(queries) for k, count in hits.items()}
 
 
-def neighbours(rank, world, chunk, uneven):
-    """What `knn_accuracy` says where the ranks share bank and queries by turns, or where the last rank has no bank."""
-    bank, bank_labels, queries, query_labels = map(torch.from_numpy, neighbourhood())
+def neighbors(rank, world, chunk, uneven):
+    """`knn_accuracy` with bank and queries interleaved over ranks, or with no bank on the last rank."""
+    bank, bank_labels, queries, query_labels = map(torch.from_numpy, neighborhood())
     mine = slice(rank, None, world)
     bank_share = mine if not uneven else slice(0, None) if rank == 0 else slice(0, 0)
     return knn_accuracy(bank[bank_share], bank_labels[bank_share], queries[mine], query_labels[mine], CLASSES, KS,
@@ -91,51 +91,51 @@ def worker(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save([collect(case) for case in CASES], f"{folder}/{rank}.pt")
-    torch.save([neighbours(rank, 2, 32, uneven) for uneven in (False, True)], f"{folder}/knn{rank}.pt")
+    torch.save([neighbors(rank, 2, 32, uneven) for uneven in (False, True)], f"{folder}/knn{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where two processes have left what they found."""
+    """Folder with the results of two processes."""
     folder = tmp_path_factory.mktemp("features")
     mp.spawn(worker, nprocs=2, args=(str(folder),))
     return folder
 
 
 @pytest.mark.parametrize("k", range(len(CASES)), ids=["unequal", "drop_last", "empty"])
-def test_each_image_stands_once_with_its_own_features(folder, k):
-    """One and two ranks must collect the same images, each once and beside its own label; both ranks alike."""
+def test_each_image_occurs_once_with_its_own_features(folder, k):
+    """One and two ranks must collect the same images, each once and with its own label; both ranks alike."""
     ranks = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     batch_size, drop_last, _ = CASES[k]
     features, labels, n = collect(CASES[k])
     assert n == len(labels) == len(set(labels.tolist()))
-    assert n >= (N // batch_size * batch_size if drop_last else N) - 1      # but for the unreadable one
+    assert n >= (N // batch_size * batch_size if drop_last else N) - 1      # except the unreadable one
     assert torch.equal(features.float(), labels[:, None] * torch.tensor([1.0, 2.0, 3.0]))
-    shares = [record[k][2] for record in ranks]
-    assert sum(shares) == n
-    assert (shares[1] == 0) == (batch_size == 1)
+    counts = [record[k][2] for record in ranks]
+    assert sum(counts) == n
+    assert (counts[1] == 0) == (batch_size == 1)
     for theirs, their_labels, _ in (record[k] for record in ranks):
         assert torch.equal(their_labels, ranks[0][k][1])
         assert sorted(their_labels.tolist()) == sorted(labels.tolist())
         assert torch.equal(theirs.float(), their_labels[:, None] * torch.tensor([1.0, 2.0, 3.0]))
 
 
-def test_neighbours_vote_as_the_paper_says(folder, capsys):
-    """On one and two ranks, in chunks of any size: exactly the brute-force accuracies, also among ties, and where k is
-    cut to the bank.
+def test_neighbors_vote_as_in_the_paper(folder, capsys):
+    """On one and two ranks, in chunks of any size: exactly the brute-force accuracies, also with ties, and if k is
+    limited to the bank.
     """
-    expected = brute_force(*neighbourhood())
-    assert len(set(expected.values())) == len(KS)       # each k decides something
+    expected = brute_force(*neighborhood())
+    assert len(set(expected.values())) == len(KS)       # each k matters
     for chunk in (7, 4096):
-        assert neighbours(0, 1, chunk, False) == expected
-    assert "the bank holds only 161 images, so k = 200 takes them all" in capsys.readouterr().out
+        assert neighbors(0, 1, chunk, False) == expected
+    assert "the bank has only 161 images, so k = 200 uses them all" in capsys.readouterr().out
     for rank in range(2):
         assert torch.load(folder / f"knn{rank}.pt") == [expected] * 2
 
 
 def test_features_that_are_not_finite_have_no_accuracy():
-    """A monitor must not stop a run, nor show a number that means nothing."""
-    bank, bank_labels, queries, query_labels = map(torch.from_numpy, neighbourhood())
+    """A monitor must not stop a run, nor show a meaningless number."""
+    bank, bank_labels, queries, query_labels = map(torch.from_numpy, neighborhood())
     queries[5, 0] = float("inf")
     assert np.isnan(list(knn_accuracy(bank, bank_labels, queries, query_labels, CLASSES).values())).all()

@@ -1,6 +1,6 @@
-"""The numbers of two tiny runs and the structure of both scripts' checkpoints, as `tests/golden` keeps them.
+"""The numbers of two tiny runs and the structure of both scripts' checkpoints, as stored in `tests/golden`.
 
-    python -m tests.test_golden     writes them anew: only for a change that is meant to change them, and says so
+    python -m tests.test_golden     rewrites them: only for a change that is meant to change them, and says so
 """
 
 import json
@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(autouse=True)
 def few_images(tmp_path, monkeypatch):
-    """100 images, so that 30 steps show each three times, and the moving averages matter."""
+    """100 images, so that 30 steps visit each three times, and the moving averages matter."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(shapes.LENGTHS, "train", 100)
@@ -51,7 +51,7 @@ def curves(folder):
 
 
 def structure(value):
-    """What a checkpoint holds, as JSON can say it: `float32 [64, 3, 7, 7]` for a tensor."""
+    """A checkpoint's structure as JSON: `float32 [64, 3, 7, 7]` for a tensor."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, dict):
@@ -60,7 +60,7 @@ def structure(value):
 
 
 def names(value):
-    """A structure without the values of what is no tensor."""
+    """A structure without the values of non-tensors."""
     if isinstance(value, dict):
         return {key: names(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -69,7 +69,7 @@ def names(value):
 
 
 def built(value, generator):
-    """A checkpoint of a structure, with positive numbers in its tensors."""
+    """A checkpoint with a given structure, with positive numbers in its tensors."""
     if isinstance(value, dict):
         return {int(key) if key.isdigit() else key: built(part, generator) for key, part in value.items()}
     if isinstance(value, list):
@@ -82,7 +82,7 @@ def built(value, generator):
 
 
 @pytest.mark.parametrize("loss_type", ["dcl", "cl"])
-def test_losses_are_those_of_before(loss_type):
+def test_losses_are_unchanged(loss_type):
     """A change that is not meant to change numbers must give the same loss and GCL at each of 30 steps."""
     ours = curves(launch(train, *PRETRAIN, "--loss_type", loss_type))
     for name, values in json.loads((GOLDEN / f"{loss_type}.json").read_text()).items():
@@ -91,8 +91,8 @@ def test_losses_are_those_of_before(loss_type):
 
 
 @pytest.mark.parametrize(("module", "flags"), [(train, PRETRAIN), (lincls, LINEAR)])
-def test_checkpoints_of_before_are_resumed_and_evaluated(module, flags):
-    """A file of the kept structure must be continued and evaluated, and what is then written have that structure."""
+def test_earlier_checkpoints_are_resumed_and_evaluated(module, flags):
+    """A file with the stored structure must be resumed and evaluated, and what is then written must have it too."""
     kept = json.loads((GOLDEN / f"{module.__name__}_checkpoint.json").read_text())
     torch.save(built(kept, torch.Generator().manual_seed(0)), "kept.pth.tar")
     folder = launch(module, *flags, "--resume", "kept.pth.tar")

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped without one."""
+"""Tests that need a GPU; skipped without one."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ def no_waiting():
 
 @pytest.mark.parametrize("kind", ["dcl", "cl"])
 def test_loss_and_lars_never_wait_for_the_device(kind, no_waiting):
-    """Forward, backward, estimator, LARS and zero_grad: no synchronisation."""
+    """Forward, backward, estimator, LARS and zero_grad: no synchronization."""
     criterion = (GlobalContrastiveLoss(1000) if kind == "dcl" else ContrastiveLoss()).cuda()
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)).cuda()
     optimizer = LARS(model.parameters(), lr=0.1, weight_decay=1e-6)
@@ -42,8 +42,8 @@ def test_loss_and_lars_never_wait_for_the_device(kind, no_waiting):
         optimizer.step()
 
 
-def test_loss_equals_the_cpus():
-    """Loss, gradients and u in float64 must be the CPU's."""
+def test_loss_equals_that_on_the_cpu():
+    """Loss, gradients and u in float64 must equal those on the CPU."""
     z1, z2 = torch.randn(2, 32, 8, dtype=torch.float64)
     results = []
     for device in ("cpu", "cuda"):
@@ -55,7 +55,7 @@ def test_loss_equals_the_cpus():
     assert all(torch.allclose(x, y, rtol=1e-10, atol=1e-12) for x, y in zip(*results, strict=True))
 
 
-def test_augmentation_equals_the_cpus(no_waiting):
+def test_augmentation_equals_that_on_the_cpu(no_waiting):
     """The same uniforms must give the same pixels, without waiting for the device."""
     crops = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
     uniforms = torch.rand(16, Augment.num_uniforms)
@@ -70,14 +70,14 @@ def test_augmentation_equals_the_cpus(no_waiting):
 
 @pytest.mark.parametrize("flags", [[], ["--loss_type", "cl"], ["--precision", "fp32", "--augment", "pil"]])
 def test_training_never_waits_for_the_device_between_two_prints(flags, imagenet, tmp_path, monkeypatch):
-    """Whole steps of train.py, from the loader to LARS: no synchronisation but where a line is printed."""
+    """Whole steps of train.py, from the loader to LARS: no synchronization except when a line is printed."""
     if not torch.cuda.is_bf16_supported(including_emulation=False):
-        flags = [*flags, "--precision", "fp32"]     # the scaler of fp16 has to wait
+        flags = [*flags, "--precision", "fp32"]     # the fp16 scaler has to wait
     steps, print_freq, seen = 6, 5, []              # an epoch prints at its first and last step
     set_lr = train.set_lr
 
     def watched(*args):
-        """At the start of a step. The first epoch, in which libraries set themselves up, may wait."""
+        """At the start of a step. The first epoch, in which libraries initialize, may wait."""
         watch = len(seen) > steps and len(seen) % steps % print_freq != 0
         torch.cuda.set_sync_debug_mode("error" if watch else "default")
         seen.append(watch)
@@ -116,6 +116,6 @@ def test_step_as_a_cuda_graph():
     for _ in range(2):
         eager.full_step()
         replay()
-    # Sums are in another order. Some weights of BatchNorm alone would not do: their steps are lost in rounding.
+    # Sums are in another order. Some BatchNorm weights alone would not suffice: their steps are lost in rounding.
     assert (weights(graphed) - weights(eager)).norm() < 0.05 * (weights(eager) - before).norm()
     assert torch.allclose(eager.criterion.log_u[eager.index], graphed.criterion.log_u[graphed.index], atol=1e-2)

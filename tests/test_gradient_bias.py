@@ -19,7 +19,7 @@ def generator():
 
 @pytest.fixture
 def z(generator):
-    """Images in a few clusters, their two views apart: projections [N, 2, 16]."""
+    """Images in a few clusters, with distinct views: projections [N, 2, 16]."""
     images = F.normalize(torch.randn(8, 16, generator=generator), dim=1).repeat_interleave(N // 8, dim=0)
     images = images + 0.2 * torch.randn(N, 16, generator=generator)
     z = images[:, None] + 0.1 * torch.randn(N, 2, 16, generator=generator)
@@ -34,9 +34,9 @@ def sogclr(gamma):
     return lambda: GlobalContrastiveLoss(N, TAU, gamma)
 
 
-def test_bias_is_told_from_noise(generator):
-    """The angle of the mean must come out right although every pass is mostly noise, with an error that tells how much
-    of that is left.
+def test_bias_is_separated_from_noise(generator):
+    """The angle of the mean must be right although every pass is mostly noise, with an error that reflects how much of
+    that is left.
     """
     truth, across = torch.randn(2, 30_000, generator=generator)
     across -= (across @ truth) / (truth @ truth) * truth
@@ -49,8 +49,8 @@ def test_bias_is_told_from_noise(generator):
     assert error.mean().item() == pytest.approx(bias.std().item(), rel=0.4)
 
 
-def test_every_image_counts_once_a_pass(generator):
-    """Also where the batch size does not divide their number, and every batch must be whole, of different images."""
+def test_every_image_counts_once_per_pass(generator):
+    """Also if the batch size does not divide their number, and every batch must be full, of different images."""
     cut = list(batches(N, 50, generator))
     assert [len(rows.unique()) for rows, _ in cut] == 3 * [50]
     assert sorted(torch.cat([rows[:new] for rows, new in cut]).tolist()) == list(range(N))
@@ -62,15 +62,15 @@ def test_the_whole_data_set_is_without_bias_and_noise(z, generator):
     assert figures == pytest.approx((0, 0, 0), abs=0.05)
 
 
-def test_simclr_comes_near_the_global_gradient_as_the_batch_grows(z, generator):
-    """Its bias must fall from batch to batch, and so must the noise."""
+def test_simclr_approaches_the_global_gradient_as_the_batch_grows(z, generator):
+    """Bias and noise must decrease from batch size to batch size."""
     (bias, _, noise), (bias_large, _, noise_large) = (
         measure(lambda: ContrastiveLoss(TAU), [], z, size, global_gradient(z), 20, generator) for size in (8, 64))
     assert bias > 1.2 * bias_large > 5
     assert noise > 3 * noise_large > 0
 
 
-def test_with_u_of_many_visits_a_small_batch_does_not_harm(z, generator):
+def test_with_u_of_many_visits_a_small_batch_does_no_harm(z, generator):
     """The paper's claim: where u has become the score among all images, the mean gradient of small batches must be the
     global one. (Both views are the same here, so that an image has one score.) Without u it is not.
     """

@@ -25,7 +25,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture
 def linear(imagenet, tmp_path):
-    """Run lincls.py in this process on a random encoder, in a folder of its own; returns the folder and the output."""
+    """Run lincls.py in this process on a random encoder, in a separate folder; returns the folder and the output."""
     def go(*flags):
         folder = tmp_path / "_".join(map(str, flags)).replace("/", "")
         lines = call(lincls, "--data", imagenet, *TINY, "--workers", 0, "--epochs", 3, "--seed", 1, "--save_dir",
@@ -39,8 +39,8 @@ def results(folder, name="results.json"):
 
 
 def test_several_classifiers_are_as_many_runs(linear):
-    """Each must have the very bits and accuracies of a run with its learning rate and weight decay alone; the chosen
-    one's are found under the names of a single one.
+    """Each must have exactly the bits and accuracies of a run with only its learning rate and weight decay; the chosen
+    one's are stored under the names of a single one.
     """
     folder, lines = linear("--lr", 0.1, 0.5, "--wd", 0.1, 0)
     several = load(folder)
@@ -66,7 +66,7 @@ def test_several_classifiers_are_as_many_runs(linear):
 
 
 def test_the_authors_read_the_checkpoint_of_one(linear):
-    """A single classifier's file must hold what theirs does, key for key."""
+    """A single classifier's file must contain what theirs does, key for key."""
     saved = load(linear()[0])
     assert {"epoch", "arch", "state_dict", "best_acc1", "optimizer"} <= saved.keys()
     assert [name.removeprefix("module.") for name in saved["state_dict"]] == list(
@@ -75,8 +75,8 @@ def test_the_authors_read_the_checkpoint_of_one(linear):
 
 
 def test_cached_features_are_those_of_center_crops(linear, monkeypatch):
-    """Up to half precision the quick protocol must be the classic one on center crops, and say that it is not that on
-    random ones.
+    """Up to half precision the quick protocol must equal the classic one on center crops, and report that it is not the
+    one on random crops.
     """
     folder, lines = linear("--features", "cached")
     assert sum("the quick protocol, not the classic one" in line for line in lines) == 1
@@ -96,7 +96,7 @@ def test_features_that_do_not_fit_half_precision_are_refused(imagenet, tmp_path,
 
 
 def test_two_ranks_train_on_the_same_cached_batches(linear, imagenet, tmp_path):
-    """Unequal shares, and a last batch of one image, must give the classifiers of one process, and its accuracies."""
+    """Unequal local batches, and a last batch of one image, must give one process's classifiers and accuracies."""
     flags = ["--features", "cached", "--lr", 0.1, 0.5, "--batch-size", 7, "--train-percent", 62.5]
     one = linear(*flags)[0]
     run("lincls.py", "--data", imagenet, *TINY, "--epochs", 3, "--seed", 1, "--save_dir", tmp_path / "two", *flags,
@@ -131,7 +131,7 @@ def test_finetuning_is_sgd_on_all_layers(linear, imagenet):
 
 
 def test_finetuning_on_two_ranks_saves_what_it_validated(imagenet, tmp_path):
-    """Although BatchNorm's statistics are each rank's own here, the file must have the accuracy that was printed."""
+    """Although BatchNorm statistics are local to each rank here, the file must have the accuracy that was printed."""
     command = ["--data", imagenet, *TINY, "--seed", 1, "--save_dir", tmp_path]
     lines = run("lincls.py", *command, "--finetune", "--epochs", 2, launcher=TORCHRUN)
     evaluated = call(lincls, *command, "-e", "--resume", newest(tmp_path))
@@ -148,7 +148,7 @@ def test_knn_needs_no_training(linear):
 
 
 def test_record_and_tensorboard(linear):
-    """results.json has the printed accuracies, settings and versions; TensorBoard has a run of each classifier with its
+    """results.json has the printed accuracies, settings and versions; TensorBoard has a run per classifier with its
     curves and its row of settings, and validation features with thumbnails.
     """
     folder, lines = linear("--lr", 0.1, 0.5)
@@ -175,7 +175,7 @@ def test_record_and_tensorboard(linear):
 @pytest.mark.parametrize("flags", [["--lr", 0.5, 0.1], ["--finetune"], ["--features", "cached"],
                                    ["--train-percent", 50]])
 def test_a_resumed_run_keeps_its_protocol(flags, imagenet, tmp_path, capsys):
-    """A checkpoint of another protocol must be refused with one line that names the flag."""
+    """A checkpoint from another protocol must be refused with one line that names the flag."""
     command = ["--data", imagenet, *TINY, "--workers", 0, "--epochs", 1, "--seed", 1]
     call(lincls, *command, "--save_dir", tmp_path / "a")
     with pytest.raises(SystemExit, match="2"):
@@ -186,7 +186,7 @@ def test_a_resumed_run_keeps_its_protocol(flags, imagenet, tmp_path, capsys):
 
 
 def test_other_images_are_another_run(imagenet, tmp_path, capsys):
-    """Another folder must get a run folder of its own, and a checkpoint of other images must not be continued."""
+    """Another data folder must get its own run folder, and a checkpoint of other images must not be resumed."""
     command = ["--data_name", "folder", *TINY, "--workers", 0, "--epochs", 1, "--seed", 1, "--save_dir", tmp_path]
     for name, images in (("a", "0"), ("b", "12")):
         for split, wnid in itertools.product(("train", "val"), ("n01440764", "n01443537")):
@@ -210,13 +210,13 @@ def test_other_images_are_another_run(imagenet, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [[], ["--finetune", "--encoder-lr", 1e40]])
 def test_spoiled_weights_are_not_saved(flags, imagenet, tmp_path, capsys):
-    """Weights that are not finite must end the run before they are on the disk; one such classifier of several not."""
+    """Non-finite weights must end the run before they are saved; one such classifier of several must not."""
     common = ["--data", imagenet, *TINY, "--epochs", 2, "--save-minutes", 1e-9, "--save_dir", tmp_path]
     with pytest.raises(SystemExit, match="2"):
         call(lincls, *common, "--lr", 1e40, *flags)
     error = capsys.readouterr().err
     assert "a weight is not finite in epoch 0, step " in error
-    assert ": take a smaller learning rate than --lr 1e+40" in error
+    assert ": use a smaller learning rate than --lr 1e+40" in error
     for file in tmp_path.rglob("*.tar"):
         saved = torch.load(file, weights_only=True)["state_dict"]
         assert all(tensor.isfinite().all() for tensor in saved.values())

@@ -1,4 +1,4 @@
-"""What is seen, in which order, and on what it depends."""
+"""Which views are seen, in which order, and on what they depend."""
 
 import math
 import multiprocessing
@@ -57,16 +57,16 @@ def test_views_depend_on_seed_epoch_and_image_alone(data, monkeypatch):
     for rank in range(3):
         monkeypatch.setattr(loader, "world_size", lambda: 3)
         monkeypatch.setattr(loader, "rank", lambda rank=rank: rank)
-        share = by_image(epoch_of(data, seed=1, epoch=2))
-        assert len(share) == 8
-        assert all(torch.equal(a, b) for i in share for a, b in zip(share[i], expected[i], strict=True))
+        local = by_image(epoch_of(data, seed=1, epoch=2))
+        assert len(local) == 8
+        assert all(torch.equal(a, b) for i in local for a, b in zip(local[i], expected[i], strict=True))
     monkeypatch.undo()
     for other in (by_image(epoch_of(data, seed=2, epoch=2)), by_image(epoch_of(data, seed=1, epoch=3))):
         assert not any(torch.equal(other[i][1], expected[i][1]) for i in expected)
 
 
 def test_little_shared_memory_is_enough(data, monkeypatch, capsys):
-    """Where /dev/shm cannot hold the workers' batches, as in many containers, they must come all the same."""
+    """If /dev/shm cannot hold the workers' batches, as in many containers, they must arrive anyway."""
     expected = by_image(epoch_of(data, seed=1, epoch=2))
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(loader.shutil, "disk_usage", lambda _: usage._replace(free=1000))
@@ -77,7 +77,7 @@ def test_little_shared_memory_is_enough(data, monkeypatch, capsys):
 
 
 def test_workers_outlive_the_signals_that_stop_a_run(data):
-    """They are sent to all processes, but the step in hand, and its save, still want the workers. Only their own rank
+    """They are sent to all processes, but the current step, and its save, still need the workers. Only their own rank
     may end them, and must be able to.
     """
     batches = make_loader(data, 1, batch_size=2, workers=1)
@@ -98,7 +98,7 @@ def test_workers_of_a_spawned_rank_are_forked(data, monkeypatch):
     get a copy of the list of files, which a fork shares.
     """
     default = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("spawn", force=True)       # as it is in such a rank
+    multiprocessing.set_start_method("spawn", force=True)       # as in such a rank
     monkeypatch.setattr(type(data.images), "__reduce__", None)  # what cannot be pickled cannot be sent
     try:
         assert len(epoch_of(data, seed=1, epoch=0, workers=1)) == 4
@@ -106,13 +106,13 @@ def test_workers_of_a_spawned_rank_are_forked(data, monkeypatch):
         multiprocessing.set_start_method(default, force=True)
 
 
-def test_no_draw_is_shared(data):
+def test_no_random_number_is_shared(data):
     """Two images, two views, two epochs, two seeds: no random number may appear twice."""
     uniforms = [torch.cat([d for values in by_image(epoch_of(data, seed, epoch)).values() for d in values[1::2]])
              for seed in (0, 1) for epoch in (0, 1)]
     uniforms = torch.cat(uniforms)
     assert len(uniforms) == 2 * 2 * 24 * 2 * 11
-    assert len(uniforms.unique()) > len(uniforms) - 5     # float32 has 2^24 values in [0, 1): a few meet by chance
+    assert len(uniforms.unique()) > len(uniforms) - 5     # float32 has 2^24 values in [0, 1): a few collide by chance
 
 
 @pytest.mark.parametrize(("images", "batch", "world"), [(103, 10, 1), (103, 10, 5), (40, 8, 4)])
@@ -121,14 +121,14 @@ def test_epoch_is_split_without_overlap(images, batch, world, monkeypatch):
     batch missing, and another order (and other missing images) in the next epoch.
     """
     def epochs(world, epoch):
-        shares = []
+        local = []
         for rank in range(world):
             monkeypatch.setattr(loader, "world_size", lambda: world)
             monkeypatch.setattr(loader, "rank", lambda rank=rank: rank)
             sampler = EpochSampler(images, batch, seed=3, shuffle=True, drop_last=True)
             sampler.epoch = epoch
-            shares.append([indices for _, indices, _ in sampler])
-        return [[index for share in shares for index in share[step]] for step in range(len(shares[0]))]
+            local.append([indices for _, indices, _ in sampler])
+        return [[index for rank in local for index in rank[step]] for step in range(len(local[0]))]
 
     alone, together = epochs(1, 0), epochs(world, 0)
     assert alone == together
@@ -140,7 +140,7 @@ def test_epoch_is_split_without_overlap(images, batch, world, monkeypatch):
 
 
 def test_evaluation_sees_each_image_once(monkeypatch):
-    """Without drop_last, every image must be on exactly one rank, also where they cannot be shared equally."""
+    """Without drop_last, every image must be on exactly one rank, even if they cannot be split equally."""
     seen = []
     for rank in range(4):
         monkeypatch.setattr(loader, "world_size", lambda: 4)
@@ -150,7 +150,7 @@ def test_evaluation_sees_each_image_once(monkeypatch):
 
 
 def test_crop_box_has_torchvisions_distribution():
-    """Area, ratio and place of the boxes must be distributed as RandomResizedCrop's, also where ten tries can fail."""
+    """Area, ratio and position of boxes must be distributed as RandomResizedCrop's, even if ten tries can fail."""
     n = 3000
     for width, height in ((60, 40), (8, 100)):
         image = torch.zeros(3, height, width)
@@ -183,8 +183,8 @@ def test_random_crop_is_torchvisions_resized_crop():
     assert 30 < mirrored < 70
 
 
-def test_validation_view_is_torchvisions():
-    """Resize 256 and centre crop 224 must be pixel-equal to torchvision's; at 32 pixels the whole image is taken."""
+def test_validation_view_equals_torchvisions():
+    """Resize 256 and center crop 224 must be pixel-equal to torchvision's; at 32 pixels the whole image is used."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (300, 411, 3), dtype=np.uint8))
     theirs = T.Compose([T.Resize(256), T.CenterCrop(224), T.PILToTensor()])(image)
@@ -223,8 +223,8 @@ def test_files_are_those_of_torchvision(imagenet, tmp_path):
 
 
 def test_list_of_files_is_compact(imagenet):
-    """Only arrays may grow with the number of files, by one byte a character and 12 an image: no Python object a file,
-    whose reference count would make every worker copy its page.
+    """Only arrays may grow with the number of files, by one byte per character and 12 per image: no Python object per
+    file, whose reference count would make every worker copy its page.
     """
     files = ImageFiles(imagenet / "train", labels=True)
     arrays = {name: value for name, value in vars(files).items() if isinstance(value, np.ndarray)}
@@ -233,7 +233,7 @@ def test_list_of_files_is_compact(imagenet):
 
 
 def test_epoch_restarts_at_any_step(data, monkeypatch):
-    """From step k on the batches must be those of the whole epoch, and what was before must not be read."""
+    """From step k on the batches must be those of the whole epoch, and earlier ones must not be read."""
     whole = epoch_of(data, 1, 0)
     read = []
     original = ImageFiles.__getitem__
@@ -247,7 +247,7 @@ def test_epoch_restarts_at_any_step(data, monkeypatch):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_shapes_are_the_same_everywhere(split):
-    """The embedded set must be reproducible, balanced, and differ between train and val."""
+    """The built-in set must be reproducible, balanced, and differ between train and val."""
     one, again = (open_data_set("shapes", None, split).images for _ in range(2))
     assert all(one[i][0].tobytes() == again[i][0].tobytes() for i in range(0, len(one), 97))
     assert np.bincount(one.targets).tolist() == [len(one) // 10] * 10
@@ -267,7 +267,7 @@ def zoo(tmp_path):
     good, bad = tmp_path / "good", tmp_path / "bad"
     good.mkdir()
     bad.mkdir()
-    put(good, "grey.jpg", rgb.convert("L"))
+    put(good, "gray.jpg", rgb.convert("L"))
     put(good, "palette.png", rgb.convert("P"))
     put(good, "transparent.png", rgb.convert("P"), transparency=bytes(range(256)))
     put(good, "rgba.png", rgb.convert("RGBA"))
@@ -300,14 +300,14 @@ def zoo(tmp_path):
 
 
 def test_every_kind_of_image_is_read_as_torchvision_does(zoo):
-    """Grey, palette, alpha, CMYK, 16 bit, 1 pixel wide, animated, EXIF-rotated, misnamed, oddly named: torchvision's
+    """Gray, palette, alpha, CMYK, 16 bit, 1 pixel wide, animated, EXIF-rotated, misnamed, oddly named: torchvision's
     pixels, and views of the right size.
     """
     files = ImageFiles(zoo[0], labels=False)
     assert len(files) == 14
     for i in range(len(files)):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)        # Pillow's, of the palette that we read in two steps
+            warnings.simplefilter("ignore", UserWarning)        # Pillow's, on the palette that we read in two steps
             expected = torchvision.datasets.folder.pil_loader(os.fsdecode(files.path(i)))
         assert files[i][0].tobytes() == expected.tobytes(), files.path(i)
         crop = random_crop(T.functional.pil_to_tensor(files[i][0]), np.random.default_rng(i), 24, (0.08, 1.0))
@@ -327,7 +327,7 @@ def test_every_kind_of_bad_file_is_one_line(zoo):
 
 @pytest.fixture
 def mostly_good(imagenet, tmp_path):
-    """300 images, of which number 7 and 8 are broken, as a data set."""
+    """A data set of 300 images, of which numbers 7 and 8 are broken."""
     content = (imagenet / "train" / "n01440764" / "n01440764_0.JPEG").read_bytes()
     for i in range(300):
         (tmp_path / f"{i:03d}.jpg").write_bytes(b"broken" if i in (7, 8) else content)
@@ -348,8 +348,8 @@ def test_unreadable_image_stops_the_run(mostly_good, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_image_is_replaced_under_the_others_own_index(mostly_good, workers, capfd):
-    """With skip each batch must stay full and without duplicates, each index with its own image's views, and each bad
-    file be reported once.
+    """With skip each batch must stay full and free of duplicates, each index with its own image's views, and each bad
+    file reported once.
     """
     batches = read_epoch(mostly_good, workers, "skip")
     assert [len(index) for _, _, index in batches] == [30] * 10
@@ -376,8 +376,8 @@ def test_pinned_batches_may_come_as_lists(data, monkeypatch):
         assert type(batch[0]) is type(batch) is tuple
 
 
-def test_more_than_a_percent_of_bad_images_stops_all_the_same(mostly_good, imagenet, tmp_path):
-    """Four of 300 are too many: the run must stop although it skips."""
+def test_more_than_a_percent_of_bad_images_always_stops(mostly_good, imagenet, tmp_path):
+    """Four of 300 are too many: the run must stop even with skip."""
     for i in (100, 200):
         (tmp_path / f"{i:03d}.jpg").write_bytes(b"")
     with pytest.raises(InputError, match="more than 1% of the data set"):
@@ -390,7 +390,7 @@ def test_bad_validation_image_is_left_out(mostly_good):
     assert sum(len(images) for images, _ in batches) == 298
 
 
-def test_pil_recipe_has_the_same_views_in_kind(imagenet):
+def test_pil_recipe_has_statistically_equal_views(imagenet):
     """`--augment pil` must give finished views, reproducible, with the pixel statistics of the batched recipe."""
     data = open_data_set("imagenet1000", imagenet, "train", image_size=40)
     stage = Augment(data.mean, data.std, blur=True)

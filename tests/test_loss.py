@@ -14,7 +14,7 @@ def unit(z):
 
 
 def reference(z1, z2, index, u, temperature, gamma):
-    """DESIGN of the paper, loop by loop, in float64: loss, gradients of both views, and the new u.
+    """The paper's method, loop by loop, in float64: loss, gradients of both views, and the new u.
 
     u is a dict {image: value}; an image that is not in it was never visited.
     """
@@ -42,14 +42,14 @@ def reference(z1, z2, index, u, temperature, gamma):
                 grad[n] += weight * x[i, v] / count / B
         new_u[image] = (U["a"] + U["b"]) / 2
 
-    def through_normalisation(z, v):
+    def through_normalization(z, v):
         rows = []
         for i in range(B):
             n = x[i, v]
             rows.append((grad[i, v] - n * (n @ grad[i, v])) / np.linalg.norm(z[i]))
         return np.array(rows)
 
-    return total, through_normalisation(z1, "a"), through_normalisation(z2, "b"), new_u
+    return total, through_normalization(z1, "a"), through_normalization(z2, "b"), new_u
 
 
 def gap(ours, theirs):
@@ -124,7 +124,7 @@ def test_gamma_one_is_plain_autograd_of_the_log_form(temperature):
 
 
 def test_swapping_the_views_changes_nothing():
-    """Loss and u must stay, and the gradients must swap."""
+    """Loss and u must not change, and the gradients must swap."""
     z1, z2 = views()
     one, other = (GlobalContrastiveLoss(20).double() for _ in range(2))
     index = torch.arange(3, 11)
@@ -138,7 +138,7 @@ def test_swapping_the_views_changes_nothing():
 
 
 def test_permuting_the_batch_permutes():
-    """Loss must stay; u and gradients must follow their images."""
+    """The loss must not change; u and gradients must follow their images."""
     z1, z2 = views()
     one, other = (GlobalContrastiveLoss(20).double() for _ in range(2))
     index, order = torch.arange(3, 11), torch.tensor([5, 0, 7, 2, 1, 6, 4, 3])
@@ -162,7 +162,7 @@ def test_estimator_of_absent_images_does_not_move():
 
 
 def test_age_counts_steps_since_the_last_visit():
-    """An image's age must be 0 in the step that shows it, grow by one in each that does not, and be missing before."""
+    """An image's age must be 0 in a step that visits it, grow by one in each other, and be missing before the first."""
     criterion, ages = GlobalContrastiveLoss(20), dict.fromkeys(range(20), None)
     for step in range(6):
         index = torch.randperm(20, generator=torch.Generator().manual_seed(step))[:4]
@@ -181,7 +181,7 @@ def full_mean(z1, z2, temperature):
 
 @pytest.mark.parametrize("gamma", [0.9, 0.25])
 def test_estimator_converges_at_the_rate_of_gamma(gamma):
-    """On frozen features seen whole at each step, |u_t - g| must be (1 - gamma)^t |u_0 - g|, whatever u_0."""
+    """On frozen features, all seen at each step, |u_t - g| must be (1 - gamma)^t |u_0 - g|, whatever u_0."""
     z1, z2 = views(12)
     g = full_mean(z1, z2, 0.1)
     criterion = GlobalContrastiveLoss(12, 0.1, gamma).double()
@@ -208,7 +208,7 @@ def test_estimator_of_small_batches_reaches_the_global_mean():
             if step > 600:
                 seen[criterion].append(criterion.u.clone())
     smooth, rough = (torch.stack(seen[criterion]) for criterion in (averaged, single))
-    # u takes a new value only every N/B steps, which leaves mean and variance over time as they are
+    # u takes a new value only every N/B steps, which leaves mean and variance over time unchanged
     visits = 5400 * B / N
     assert ((smooth.mean(0) - g).abs() / (rough.std(0) / visits**0.5)).max() < 5      # standard errors
     ratio = (smooth.var(0) / rough.var(0)).mean()
@@ -232,7 +232,7 @@ def test_finite_at_every_temperature(temperature, case, dtype):
 
 
 def test_autocast_does_not_change_the_loss():
-    """The loss must be computed in float32, and its gradient, although the caller is inside autocast."""
+    """The loss and its gradient must be computed in float32, even inside autocast."""
     z1, z2 = views(dtype=torch.float32)
     outside, inside = (run(GlobalContrastiveLoss(8), z1, z2, torch.arange(8), autocast) for autocast in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
@@ -259,8 +259,8 @@ def test_estimator_is_saved_and_restored_exactly():
     ((8, 5), (8, 5), [-1, 1, 2, 3, 4, 5, 6, 7], "index must be in 0 to 19"),
     ((8, 5), (8, 5), [0, 1, 2, 3, 4, 5, 6, 6], "appears twice"),
     ((8, 5), (8, 5), [0, 1, 2], r"index must be \[8\]"),
-    ((8, 5), (7, 5), [0, 1, 2, 3, 4, 5, 6, 7], "alike"),
-    ((8, 5, 1), (8, 5, 1), [0, 1, 2, 3, 4, 5, 6, 7], "alike"),
+    ((8, 5), (7, 5), [0, 1, 2, 3, 4, 5, 6, 7], "views must both be"),
+    ((8, 5, 1), (8, 5, 1), [0, 1, 2, 3, 4, 5, 6, 7], "views must both be"),
     ((1, 5), (1, 5), [0], "at least 2 images"),
 ])
 def test_bad_input_is_refused(z1, z2, index, message):
@@ -285,7 +285,7 @@ def test_bad_settings_are_refused(temperature, gamma):
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_simclr_equals_slow_loops(temperature):
-    """NT-Xent must be -log of the positive's share among itself and the 2(B-1) negatives, summed over both views."""
+    """NT-Xent must be -log of the positive's fraction of itself and the 2(B-1) negatives, summed over both views."""
     z1, z2 = views()
     x = {(i, v): unit(z[i].detach().numpy()) for v, z in (("a", z1), ("b", z2)) for i in range(8)}
     total = 0.0

@@ -1,4 +1,4 @@
-"""A small part of a data set, as a folder."""
+"""A small subset of a data set, as a folder."""
 
 import sys
 
@@ -21,7 +21,7 @@ def numbers(folder):
 
 
 def test_held_out_images_are_other_training_images(tmp_path, monkeypatch):
-    """Both parts must be balanced and apart, hold the training split's pixels, and train be the same without it."""
+    """Both parts must be balanced and disjoint, with the training split's pixels, and train the same without it."""
     shapes = ["--data_name", "shapes", "--train", 200, "--val", 100]
     make(monkeypatch, tmp_path / "held", *shapes, "--held-out")
     make(monkeypatch, tmp_path / "plain", *shapes)
@@ -46,13 +46,13 @@ def test_image_files_are_linked(imagenet, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--train", 20, "--val", 10], "--train, --val: 10 images are wanted of a split of 9, take fewer"),
-    (["--train", 20, "--val", 5, "--held-out"], "25 images are wanted of a split of 24, take fewer"),
-    (["--train", 6, "--val", 2, "--held-out"], "2 images cannot hold one of each of the 3 classes, take more"),
-    (["--train", 2], "2 images cannot hold one of each of the 3 classes, take more"),
+    (["--train", 20, "--val", 10], "--train, --val: 10 images requested from a split of 9, use fewer"),
+    (["--train", 20, "--val", 5, "--held-out"], "25 images requested from a split of 24, use fewer"),
+    (["--train", 6, "--val", 2, "--held-out"], "2 images cannot include each of the 3 classes, use more"),
+    (["--train", 2], "2 images cannot include each of the 3 classes, use more"),
     (["--data", "nowhere"], "--data nowhere: no such folder")])
-def test_what_is_not_there_is_one_line(flags, message, imagenet, tmp_path, monkeypatch, capsys):
-    """Too many images or too few, or no data set, must end with exit code 2 and leave nothing."""
+def test_what_is_missing_gives_one_line(flags, message, imagenet, tmp_path, monkeypatch, capsys):
+    """Too many images or too few, or no data set, must exit with code 2 and leave nothing."""
     with pytest.raises(SystemExit, match="2"):
         make(monkeypatch, tmp_path / "part", "--data_name", "imagenet1000", "--data", imagenet, *flags)
     assert message in capsys.readouterr().err
@@ -60,8 +60,8 @@ def test_what_is_not_there_is_one_line(flags, message, imagenet, tmp_path, monke
 
 
 def test_nothing_is_replaced(tmp_path, monkeypatch, capsys):
-    """A folder that is there must be left as it is; one that cannot be made must be one line."""
-    for folder, message in ((tmp_path, "exists, name a new folder"), ("/proc/part", "cannot be written")):
+    """An existing folder must be left unchanged; one that cannot be created must give one line."""
+    for folder, message in ((tmp_path, "already exists, choose a new folder"), ("/proc/part", "cannot be written")):
         with pytest.raises(SystemExit, match="2"):
             make(monkeypatch, folder, "--data_name", "shapes", "--train", 20, "--val", 20)
         assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""LARS against its formula applied parameter by parameter, and what an optimizer owes its users."""
+"""LARS against its formula applied parameter by parameter, and what users expect of an optimizer."""
 
 import math
 
@@ -47,7 +47,7 @@ def set_gradients(params, step):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 def test_equals_the_formula(weight_decay):
-    """50 steps in float64 must equal the formula for each parameter, also without a gradient, or where a norm is 0."""
+    """50 steps in float64 must equal the formula for each parameter, also without a gradient, or if a norm is 0."""
     params = parameters()
     ours = [p.detach().numpy().copy() for p in params]
     mus = [np.zeros_like(p) for p in ours]
@@ -66,7 +66,7 @@ def test_equals_the_formula(weight_decay):
 
 
 def test_vectors_are_neither_decayed_nor_scaled():
-    """A one-dimensional parameter (BatchNorm, bias) must move by lr * grad alone, however large decay and trust."""
+    """A one-dimensional parameter (BatchNorm, bias) must move only by lr * grad, however large decay and trust."""
     p = torch.nn.Parameter(torch.full((3,), 7.0))
     p.grad = torch.tensor([1.0, -2.0, 0.0])
     LARS([p], lr=0.5, weight_decay=10.0, trust_coefficient=100.0).step()

@@ -9,7 +9,7 @@ from sogclr.report import Events, git_state, write_json
 
 
 def test_results_are_json_that_anything_reads(tmp_path):
-    """nan and infinity, which JSON does not know, become null; no part is left behind."""
+    """nan and infinity, which JSON lacks, become null; no partial file is left behind."""
     for value in (float("nan"), 2.5):
         write_json(tmp_path / "results.json", {"rows": [{"acc1": value}, (1, float("inf"))], "name": "x"})
         expected = {"rows": [{"acc1": None if value != value else value}, [1, None]], "name": "x"}
@@ -18,13 +18,13 @@ def test_results_are_json_that_anything_reads(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
-    """One line says that they were not written."""
+    """One line must report that they were not written."""
     write_json(tmp_path / "missing" / "results.json", {})
     assert capsys.readouterr().err == f"=> NOT written: {tmp_path}/missing/results.json: No such file or directory\n"
 
 
-def test_the_log_ends_before_the_run_does(tmp_path, monkeypatch, capsys):
-    """A folder that vanishes must cost no more than the log: said once, whatever is written then."""
+def test_a_log_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    """A deleted folder must cost only the log: reported once, whatever is written then."""
     monkeypatch.setattr(threading, "excepthook", lambda _: None)        # TensorBoard's own thread fails
     with Events(tmp_path / "run") as events:
         events.scalars({"loss": 1.0}, 0)
@@ -38,8 +38,8 @@ def test_the_log_ends_before_the_run_does(tmp_path, monkeypatch, capsys):
     assert line.startswith(f"=> TensorBoard logging disabled: {tmp_path / 'run'}: ")
 
 
-def test_commit_is_that_of_the_checkout_alone(tmp_path):
-    """The commit and whether files differ from it; nothing for a folder inside somebody's repository or none."""
+def test_commit_is_only_that_of_the_checkout(tmp_path):
+    """The commit and whether files differ from it; nothing for a folder inside another repository or none."""
     def git(*command):
         return subprocess.run(["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x", *command], check=True,
                               capture_output=True, text=True).stdout.strip()

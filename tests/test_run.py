@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and which checkpoint it continues from."""
+"""A run's folder: who may write to it, and which checkpoint it resumes from."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ from sogclr.run import Run
 
 
 def open_run(folder, resume, keys):
-    """The path and the content of the checkpoint that a run of these arguments continues from."""
+    """The path and the content of the checkpoint that a run with these arguments resumes from."""
     args = types.SimpleNamespace(start_epoch=None, epochs=5, seed=1)
     run = Run(args, folder, keys, resume)
     return run.resume, run.saved
 
 
 def test_auto_takes_the_newest_intact_checkpoint(tmp_path, capsys):
-    """A torn or foreign file must be named and skipped, and the one before it taken; none at all is an error."""
+    """A torn or foreign file must be reported and skipped, and the one before it used; none at all is an error."""
     keys = ("epoch", "arch")
     for epoch in range(1, 5):
         checkpoint.save({"epoch": epoch, "arch": "resnet18"}, tmp_path, [f"checkpoint_{epoch - 1:04d}.pth.tar"])
@@ -55,7 +55,7 @@ time.sleep(60)
 
 
 def test_a_second_run_in_one_folder_is_refused(tmp_path):
-    """As long as the first lives, and not a moment longer, although its forked workers may linger."""
+    """As long as the first is alive, and no longer, although its forked workers may linger."""
     with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=Path(__file__).parents[1], text=True,
                           stdout=subprocess.PIPE, start_new_session=True) as holder:
         assert holder.stdout.readline() == "locked\n"
@@ -68,11 +68,11 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path):
 
 
 def test_run_is_not_overwritten(tmp_path):
-    """A folder that holds a run must be refused without --resume, and found again by `auto`."""
+    """A folder that contains a run must be refused without --resume, and found by `auto`."""
     folder = tmp_path / "saved" / "run"
     assert open_run(folder, "auto", ("epoch",)) == ("", {})
     checkpoint.save({"epoch": 1}, folder)
     assert open_run(folder, "auto", ("epoch",)) == (str(folder / checkpoint.LAST), {"epoch": 1})
-    with pytest.raises(InputError, match="already holds a run"):
+    with pytest.raises(InputError, match="already contains a run"):
         open_run(folder, "", ("epoch",))
     assert len((folder / "command.txt").read_text().splitlines()) == 2

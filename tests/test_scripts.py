@@ -1,6 +1,6 @@
-"""The real scripts on real image files: what a user types, and what it prints.
+"""The real scripts on real image files: what a user types, and what they print.
 
-`run` starts a script as a user does; `call` runs its main in this process, which saves the start of torch.
+`run` starts a script as a user does; `call` runs its main in this process, which saves importing torch.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ SCHEDULE = {"epochs", "batch_size", "lr", "weight_decay", "momentum", "arch", "d
 
 @pytest.fixture(autouse=True, scope="module")
 def no_gpu():
-    """The same tests on every machine; what only a GPU shows is in test_gpu.py."""
+    """The same tests on every machine; those that need a GPU are in test_gpu.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -65,7 +65,7 @@ def call(module, *args):
     args = module.PARSER.parse_args(list(map(str, args)))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
         patch.setattr(sys, "argv", [module.__name__])
-        patch.setattr(os, "fsync", lambda _: None)      # the disk is not what is tested here
+        patch.setattr(os, "fsync", lambda _: None)      # the disk is not under test
         module.launch(module.main_worker, args)
     return output.getvalue().splitlines()
 
@@ -92,7 +92,7 @@ def pretrained(imagenet, tmp_path_factory):
 
 
 def test_the_authors_commands_are_the_defaults():
-    """Word for word, the authors' commands must parse, and ask for what the scripts do without any flag."""
+    """Word for word, the authors' commands must parse and request what the scripts do without any flag."""
     method = {"t", "gamma", "crop_min", "warmup_epochs", "optimizer", "dim", "mlp_dim", "num_proj_layers", "loss_type",
               "learning_rate_scaling"}
     for parser, command, keys in ((train.PARSER, PRETRAIN, SCHEDULE | method), (lincls.PARSER, LINEAR, SCHEDULE)):
@@ -102,7 +102,7 @@ def test_the_authors_commands_are_the_defaults():
 
 @pytest.mark.parametrize("script", ["train.py", "lincls.py"])
 def test_help_states_the_true_defaults(script):
-    """Each flag's help must state the parser's default, or say in words what is done without the flag."""
+    """Each flag's help must state the parser's default, or describe what happens without the flag."""
     text = "".join("".join(run(script, "--help")).split())
     parser = {"train.py": train, "lincls.py": lincls}[script].PARSER
     for action in parser._actions:
@@ -115,7 +115,7 @@ def test_help_states_the_true_defaults(script):
 
 
 def test_pretraining_writes_what_others_read(pretrained):
-    """Checkpoint names, keys, prefixes and shapes as in the authors' release; command line and TensorBoard beside."""
+    """Checkpoint names, keys, prefixes and shapes as in the authors' release; plus command line and TensorBoard."""
     lines, folder = pretrained
     run_folder = newest(folder).parent
     assert {path.name for path in run_folder.glob("*.tar")} == {
@@ -148,7 +148,7 @@ def test_pretraining_writes_what_others_read(pretrained):
 
 
 def test_seed_decides_everything(imagenet, tmp_path):
-    """Twice the same seed must give the same losses, two seeds different ones, whatever the number of workers."""
+    """The same seed must give the same losses, different seeds different ones, whatever the number of workers."""
     common = ["--data", imagenet, *TINY, "--epochs", 1]
     one = losses(call(train, *common, "--seed", 1, "--save_dir", tmp_path / "a"))
     again = losses(call(train, *common, "--seed", 1, "--save_dir", tmp_path / "b", "--workers", 0))
@@ -160,7 +160,7 @@ def test_seed_decides_everything(imagenet, tmp_path):
 
 def test_resumed_run_equals_uninterrupted(pretrained, imagenet, tmp_path):
     """--resume after the first epoch must print the second epoch's losses and end with the same weights, u and ages,
-    and the seconds must be those of both starts.
+    and the seconds must be the total of both starts.
     """
     lines, folder = pretrained
     first = newest(folder, "checkpoint_0000.pth.tar")
@@ -202,7 +202,7 @@ def test_knn_during_pretraining_changes_nothing(pretrained, imagenet, tmp_path, 
 
 
 def brute_force_knn(path, imagenet):
-    """kNN-20 of a checkpoint of TINY in percent, without any of our code but the centre crop."""
+    """kNN-20 of a checkpoint of TINY in percent, with none of our code but the center crop."""
     encoder = torchvision.models.resnet18()
     encoder.fc = torch.nn.Identity()
     state = torch.load(path, weights_only=True)["state_dict"]
@@ -226,9 +226,9 @@ def test_same_command_finds_its_run(imagenet, tmp_path):
     assert len(losses(call(train, *command, "--resume", "auto"))) == 3
     assert losses(call(train, *command, "--resume", "auto")) == []
     other = call(train, *command, "--resume", "auto", "--t", 0.2, "--dry-run")
-    assert not any("new one begins" in line for line in other)
+    assert not any("starting a new one" in line for line in other)
     other = call(train, *command, "--resume", "auto", "--t", 0.2)
-    assert any(line.endswith(f"a new one begins ({tmp_path} holds 1 with other settings)") for line in other)
+    assert any(line.endswith(f"starting a new one ({tmp_path} has 1 with other settings)") for line in other)
     refused = run("train.py", *command, ok=False)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "--resume auto" in refused.stderr
@@ -270,9 +270,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_one_live_line_an_epoch_on_a_terminal(imagenet, tmp_path, monkeypatch):
-    """On a terminal each progress line must take the place of the one before, and the epoch's summary that of the last.
-    """
+def test_one_live_line_per_epoch_on_a_terminal(imagenet, tmp_path, monkeypatch):
+    """On a terminal each progress line must replace the one before, and the epoch's summary the last one."""
     monkeypatch.setattr(io, "StringIO", Terminal)
     monkeypatch.setenv("COLUMNS", "60")
     output = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path)
@@ -289,12 +288,12 @@ def test_one_live_line_an_epoch_on_a_terminal(imagenet, tmp_path, monkeypatch):
 
 
 def test_dry_run_writes_nothing(imagenet, tmp_path):
-    """It must go through real steps and say what all epochs will take, and leave no file."""
-    *_, estimate = lines = call(train, "--data", imagenet, *TINY, "--epochs", 800, "--save_dir", tmp_path, "--dry-run",
-                                "--start-epoch", 5)
+    """It must run real steps, report what all epochs will take, and leave no file."""
+    *_, report = lines = call(train, "--data", imagenet, *TINY, "--epochs", 800, "--save_dir", tmp_path, "--dry-run",
+                              "--start-epoch", 5)
     assert len(losses(lines)) == 3
     found = re.match(r"=> 800 epochs will take about (\S+) minutes \((\d+) images/s, .* and (\S+) GiB in .* for 85 "
-                     "checkpoints", estimate)
+                     "checkpoints", report)
     minutes, speed, disk = map(float, found.groups())
     assert minutes == pytest.approx(800 * 24 / speed / 60, rel=0.6, abs=1)
     parameters = sum(tensor.nbytes for tensor in torchvision.models.resnet18().parameters())
@@ -305,7 +304,7 @@ def test_dry_run_writes_nothing(imagenet, tmp_path):
 @pytest.mark.parametrize(("flags", "error"), [
     ("--wd 0.5", "made with --wd 1e-06, not 0.5; leave --wd out"),
     ("--lr 0.5", "made with --lr 0.075, not 0.5"),
-    ("--batch-size 6", "made with --batch-size 8, not 6; give --batch-size 8"),
+    ("--batch-size 6", "made with --batch-size 8, not 6; pass --batch-size 8"),
     ("--epochs 3", "made with --epochs 2, not 3"),
     ("--seed 6", "made with --seed 5, not 6"),
     ("--image-size 40", "made with --image-size 32, not 40"),
@@ -315,7 +314,7 @@ def test_dry_run_writes_nothing(imagenet, tmp_path):
     ("--loss_type cl", "made with --loss_type dcl, not cl"),
     ("--optimizer adamw", "made with --optimizer lars, not adamw")])
 def test_conflicting_flags_at_a_resume(flags, error, pretrained, imagenet, tmp_path, capsys):
-    """A setting that decides the numbers must be the checkpoint's; the error names both values."""
+    """A setting that affects results must be the checkpoint's; the error names both values."""
     first = newest(pretrained[1], "checkpoint_0000.pth.tar")
     with pytest.raises(SystemExit, match="2"):
         call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path, "--resume", first, *flags.split())
@@ -323,7 +322,7 @@ def test_conflicting_flags_at_a_resume(flags, error, pretrained, imagenet, tmp_p
 
 
 def test_the_authors_checkpoints_resume(pretrained, imagenet, tmp_path):
-    """A file with their keys only, numpy numbers, and an estimator of one row more must continue as our own does."""
+    """A file with their keys only, numpy numbers, and an estimator with an extra row must resume like our own."""
     lines, folder = pretrained
     ours = torch.load(newest(folder, "checkpoint_0000.pth.tar"), weights_only=True)
     theirs = {key: ours[key] for key in ("epoch", "arch", "state_dict", "optimizer", "scaler")}
@@ -336,7 +335,7 @@ def test_the_authors_checkpoints_resume(pretrained, imagenet, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(imagenet, tmp_path, monkeypatch, capsys):
-    """Before that step's gradient, with the place and the rank; checkpoints and weights stay finite."""
+    """Before that step's gradient, with the step and the rank; checkpoints and weights stay finite."""
     class Spoiling(train.GlobalContrastiveLoss):
         def forward(self, z1, z2, index):
             return super().forward(z1 * float("nan") if spoil() else z1, z2, index)
@@ -347,7 +346,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(imagenet, tmp_path, monkeypatch,
     monkeypatch.setattr(train.LARS, "step", lambda self, original=train.LARS.step: stepped.append(original(self)))
     with pytest.raises(SystemExit, match="2"):
         call(train, "--data", imagenet, *TINY, "--print-freq", 1000, "--epochs", 3, "--save_dir", tmp_path)
-    assert "the loss is nan in epoch 1, step 1 (ranks with projections that are not finite: 0)" in \
+    assert "the loss is nan in epoch 1, step 1 (ranks with non-finite projections: 0)" in \
         capsys.readouterr().err
     assert len(stepped) == 4
     assert load(tmp_path)["epoch"] == 1
@@ -355,7 +354,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(imagenet, tmp_path, monkeypatch,
 
 
 def test_spoiled_weights_are_not_saved(imagenet, tmp_path, monkeypatch, capsys):
-    """Weights that a finite loss's last step has spoiled must not be written."""
+    """Weights corrupted by the last step of a finite loss must not be written."""
     monkeypatch.setattr(train, "lr_at", lambda epoch, *_: float("nan") if epoch > 1.5 else 0.1)
     with pytest.raises(SystemExit, match="2"):
         call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path)
@@ -381,7 +380,7 @@ def test_every_flag_of_lincls_has_an_effect(flags, imagenet, tmp_path):
     (["--stem", "cifar", "--precision", "bf16"], ()),
 ])
 def test_flags_reach_the_model(imagenet, tmp_path, flags, changes):
-    """Every choice must train and leave its mark in the checkpoint."""
+    """Every choice must train and be visible in the checkpoint."""
     call(train, "--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path, *flags)
     saved = load(tmp_path)
     state = saved["state_dict"]
@@ -394,7 +393,7 @@ def test_flags_reach_the_model(imagenet, tmp_path, flags, changes):
 
 
 def test_two_processes_started_by_hand(imagenet, tmp_path):
-    """--world-size, --rank and --dist-url must make two processes one run, without torchrun."""
+    """--world-size, --rank and --dist-url must join two processes in one run, without torchrun."""
     url = f"tcp://localhost:{free_port()}"
     command = [sys.executable, ROOT / "train.py", "--data", imagenet, *TINY, "--epochs", 1, "--save_dir", tmp_path,
                "--world-size", 2, "--dist-url", url, "--dist-backend", "gloo", "--rank"]
@@ -409,9 +408,8 @@ def test_two_processes_started_by_hand(imagenet, tmp_path):
 
 @pytest.mark.parametrize("script", ["train.py", "lincls.py"])
 def test_torchrun_with_two_processes(script, pretrained, imagenet, tmp_path):
-    """Two processes must share the batch and print one log; train.py resumes bit-equal and reports the kNN accuracy of
-    the encoder that is saved, and lincls.py, whose features do not depend on the batch, must give the classifier of one
-    process.
+    """Two processes must split the batch and print one log; train.py must resume bit-equal and report the kNN accuracy
+    of the saved encoder, and lincls.py, whose features do not depend on the batch, must give one process's classifier.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     if script == "train.py":
@@ -456,16 +454,16 @@ def test_linear_evaluation(pretrained, imagenet, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     evaluated = call(lincls, *command, "--epochs", 3, "-e", "--resume", last)[-1]
     assert evaluated.split("Acc@1")[1] in scores[-1]
-    # the checkpoint alone will do, and another encoder will not
+    # the checkpoint alone suffices, and another encoder is refused
     assert call(lincls, "--data", imagenet, *TINY[:4], "-e", "--resume", last)[-1] == evaluated
     other = newest(pretrained[1], "checkpoint_0000.pth.tar")
     with pytest.raises(SystemExit):
         call(lincls, *command, "--pretrained", other, "--resume", last)
-    assert "evaluates another encoder" in capsys.readouterr().err
+    assert "evaluates a different encoder" in capsys.readouterr().err
 
 
 def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_path):
-    """The results must tell the pretraining's settings and seconds, and another image size must be pointed out."""
+    """The results must record the pretraining's settings and seconds, and another image size must be reported."""
     source = newest(pretrained[1], "checkpoint_0001.pth.tar")
     command = ["--pretrained", source, "--data", imagenet, *TINY, "--knn", "--save_dir", tmp_path]
     assert not any("pretrained at" in line for line in call(lincls, *command))
@@ -473,13 +471,13 @@ def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_pat
     results = json.loads(results.read_text())
     assert results["encoder"] == made["settings"]
     assert 0 < results["pretraining_seconds"] <= made["seconds"] + 0.1
-    assert "=> note: the encoder was pretrained at 32 pixels, for that give --image-size 32" in \
+    assert "=> note: the encoder was pretrained at 32 pixels, to match pass --image-size 32" in \
         call(lincls, *command, "--image-size", 40)
 
 
 def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypatch, capsys):
-    """It must show each loss at each batch; in one batch of all images neither SogCLR's gradient nor the score by
-    BatchNorm's batch is off. What it cannot take is one line.
+    """It must show each loss at each batch size; with one batch of all images neither SogCLR's gradient nor the score
+    with BatchNorm's batch statistics is off. Invalid input gives one line.
     """
     def bias(*args):
         monkeypatch.setattr(sys, "argv", ["gradient_bias.py", *map(str, args)])
@@ -494,22 +492,22 @@ def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypat
                                           ["g among a BatchNorm batch", "0.1", ""]]
     assert all(re.fullmatch(r"\d+\.\d°, \d+\.\d\d", cell) for row in rows[:3] for cell in row[4:6])
     assert rows[1][5] == "0.0°, 0.00"
-    assert rows[2][5] != rows[1][5]         # u knows other views
+    assert rows[2][5] != rows[1][5]         # u has seen other views
     assert float(rows[3][4]) < float(rows[3][5]) == 1
     assert remark[0].startswith("20 images, 3 visits, 3 passes; ")
 
     foreign, other = tmp_path / "foreign.pth.tar", tmp_path / "other.pth.tar"
     torch.save({"epoch": 1, "state_dict": {}}, foreign)
     torch.save({"epoch": 1, "state_dict": {}, "settings": {"lr": 0.1}}, other)
-    for args, message in (((path, "--batch-sizes", 25), "--batch-sizes 25: only 24 images are looked at"),
+    for args, message in (((path, "--batch-sizes", 25), "--batch-sizes 25: only 24 images are used"),
                           ((path, "--data", imagenet / "val"), "has no folder 'train'"),
-                          ((foreign,), "lacks settings"), ((other,), "does not tell how it was trained")):
+                          ((foreign,), "lacks settings"), ((other,), "does not record how it was trained")):
         with pytest.raises(SystemExit, match="2"):
             bias(*args)
         assert message in capsys.readouterr().err
 
 
-def test_shapes_and_unlabelled_folders(imagenet, tmp_path):
+def test_shapes_and_unlabeled_folders(imagenet, tmp_path):
     """`shapes` needs no data; `folder` needs no classes."""
     tiny = [*TINY, "--batch-size", 500, "--epochs", 1, "--save_dir", tmp_path]
     assert len(losses(call(train, "--data_name", "shapes", *tiny))) == 5
@@ -520,43 +518,43 @@ def test_shapes_and_unlabelled_folders(imagenet, tmp_path):
 BAD = [
     ("train.py", ["--data", "nowhere"], "--data nowhere: no such folder"),
     ("train.py", ["--data", "EMPTY"], "EMPTY: has no folder 'train'"),
-    ("train.py", ["--data", "EMPTY", "--data_name", "folder"], "holds no images"),
+    ("train.py", ["--data", "EMPTY", "--data_name", "folder"], "contains no images"),
     ("lincls.py", ["--pretrained", "missing.pth"], "--pretrained missing.pth: no such file"),
     ("lincls.py", ["--pretrained", "TEXT"], "TEXT: not a checkpoint"),
     ("lincls.py", ["-e"], "--evaluate: needs"),
     ("lincls.py", ["-e", "--resume", "auto"], "--evaluate: "),
     ("lincls.py", ["--finetune", "--features", "cached"], "--finetune: changes the encoder"),
-    ("lincls.py", ["--finetune", "--lr", "0.1", "0.2"], "--finetune: trains one network, give one --lr"),
-    ("lincls.py", ["--finetune", "--batch-size", "25"], "--finetune: --batch-size 25: the data set holds only 24"),
+    ("lincls.py", ["--finetune", "--lr", "0.1", "0.2"], "--finetune: trains one network, pass one --lr"),
+    ("lincls.py", ["--finetune", "--batch-size", "25"], "--finetune: --batch-size 25: the data set has only 24"),
     ("lincls.py", ["--knn", "--finetune"], "--knn: trains nothing"),
     ("lincls.py", ["--knn", "--resume", "OTHER"], "--knn: has nothing to resume"),
     ("lincls.py", ["--lr", "0.1", "0.10"], "--lr, --wd: a value is given twice"),
-    ("lincls.py", ["--encoder-lr", "0.1"], "--encoder-lr: belongs to --finetune"),
+    ("lincls.py", ["--encoder-lr", "0.1"], "--encoder-lr: needs --finetune"),
     ("lincls.py", ["--train-percent", "0"], "--train-percent: must be a number in (0, 100]"),
     ("lincls.py", ["--start-epoch", "90"], "--start-epoch 90: must be below --epochs 1"),
     ("train.py", ["--start-epoch", "900"], "--start-epoch 900: must be below --epochs 1"),
     ("train.py", ["--world-size", "0"], "--world-size 0: must be at least 1"),
     ("train.py", ["--arch", "resnet19"], "--arch: invalid choice"),
-    ("train.py", ["--batch-size", "25"], "--batch-size 25: the data set holds only 24"),
+    ("train.py", ["--batch-size", "25"], "--batch-size 25: the data set has only 24"),
     ("train.py", ["--batch-size", "1"], "--batch-size 1: "),
     ("train.py", ["--gamma", "0"], "--gamma: must be a number in (0, 1]"),
     ("train.py", ["--gamma", "1.5"], "--gamma: must be a number in (0, 1]"),
     ("train.py", ["--t", "0"], "--t: must be a number in (0, infinity)"),
     ("train.py", ["--t", "nan"], "--t: must be a number in (0, infinity)"),
-    ("train.py", ["--epochs", "-3"], "--epochs: must be a whole number in [1, infinity)"),
+    ("train.py", ["--epochs", "-3"], "--epochs: must be an integer in [1, infinity)"),
     ("train.py", ["--resume", "missing.pth"], "--resume missing.pth: no such file"),
     ("train.py", ["--resume", "OTHER", "--epochs", "2", "--data_name", "folder"],
      "made with --data_name imagenet1000, not folder"),
     ("train.py", ["--resume", "OTHER", "--epochs", "2", "--data", "ONE_CLASS"],
-     "was made on 24 images, but this data set holds 8"),
+     "was trained on 24 images, but this data set has 8"),
     ("train.py", ["--resume", "OTHER", "--arch", "resnet34"], "was made with --arch resnet18, not resnet34"),
     ("lincls.py", ["--pretrained", "OTHER", "--arch", "resnet50"], "was made with --arch resnet18, not resnet50"),
-    ("train.py", ["--gpu", "7"], "--gpu 7: this machine shows"),
-    ("train.py", ["--gpu", "0", "--multiprocessing-distributed"], "--gpu 0: this machine shows 0 GPUs"),
+    ("train.py", ["--gpu", "7"], "--gpu 7: this machine has"),
+    ("train.py", ["--gpu", "0", "--multiprocessing-distributed"], "--gpu 0: this machine has 0 visible GPUs"),
     ("train.py", ["--dist-backend", "nccl"], "--dist-backend nccl: needs GPUs"),
-    ("train.py", ["--resume", "EMPTY"], "--resume EMPTY: is a folder, give a file in it"),
+    ("train.py", ["--resume", "EMPTY"], "--resume EMPTY: is a folder, pass a file in it"),
     ("train.py", ["--resume", "TEXT"], "--resume TEXT: not a checkpoint"),
-    ("lincls.py", ["--resume", "OTHER"], "is not a checkpoint of this script"),
+    ("lincls.py", ["--resume", "OTHER"], "is not a checkpoint from this script"),
     ("train.py", ["--multiprocessing-distributed", "--dist-url", "USED"], "cannot be used (Address already in use)"),
     ("train.py", ["--world-size", "2", "--rank", "0", "--dist-url", "USED"], "cannot be used (Address already in use)"),
     ("train.py", ["--multiprocessing-distributed", "--dist-url", "localhost"], "--dist-url localhost: must be"),
@@ -566,9 +564,9 @@ BAD = [
     ("train.py", ["--world-size", "2", "--rank", "0", "--dist-url", "env://"], "variable MASTER_ADDR expected"),
     ("train.py", ["--world-size", "2", "--rank", "2", "--dist-url", "tcp://localhost:1"], "--rank 2: must be below"),
     ("train.py", ["--knn-freq", "1", "--data_name", "folder", "--data", "SUBSET"],
-     "--knn-freq 1: needs images with labels, leave the flag out where there are none; --data"),
+     "--knn-freq 1: needs labeled images, leave the flag out if there are none; --data"),
     ("train.py", ["--unknown"], "unrecognized arguments: --unknown"),
-    ("train.py", ["EMPTY"], "EMPTY (the data set's folder is given as --data "),
+    ("train.py", ["EMPTY"], "EMPTY (pass the data set's folder as --data "),
     ("train.py", ["--save_dir", "TEXT/below"], "--save_dir"),
 ]
 
@@ -597,7 +595,7 @@ def test_bad_input_is_one_line(script, flags, message, pretrained, imagenet, use
 
 
 def refused(script, flags, message, monkeypatch, capsys):
-    """Run a script in this process; it must end with exit code 2 and one line that holds the message."""
+    """Run a script in this process; it must exit with code 2 and one line that contains the message."""
     module = {"train.py": train, "lincls.py": lincls}[script]
     monkeypatch.setattr(sys, "argv", [script])
     monkeypatch.setattr(module.PARSER, "prog", script)
@@ -616,10 +614,10 @@ def refused(script, flags, message, monkeypatch, capsys):
     ({"TORCHELASTIC_RUN_ID": "1"}, ["--gpu", "0"], "torchrun sets these, leave them out"),
     ({"WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
      ["--world-size", "2", "--rank", "0", "--dist-url", "env://"],
-     "--world-size 2: the environment says WORLD_SIZE=4, give that"),
+     "--world-size 2: the environment sets WORLD_SIZE=4, use that"),
 ])
 def test_contradictions_with_the_environment(environment, flags, message, monkeypatch, capsys):
-    """What torchrun or the shell has set must not be overruled silently."""
+    """What torchrun or the shell has set must not be overridden silently."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -628,15 +626,16 @@ def test_contradictions_with_the_environment(environment, flags, message, monkey
 
 
 def test_more_gpus_than_there_are(monkeypatch, capsys):
-    """--gpu 7 of 4 must say which there are."""
+    """--gpu 7 of 4 must report which there are."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    refused("train.py", ["--gpu", "7"], "--gpu 7: this machine shows 4 GPUs, numbered 0 to 3", monkeypatch, capsys)
+    message = "--gpu 7: this machine has 4 visible GPUs, numbered 0 to 3"
+    refused("train.py", ["--gpu", "7"], message, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("module", [train, lincls])
 def test_numbers_out_of_range_are_refused(module, capsys):
-    """Each numeric flag must refuse what lies outside its range, what is no number, and nan."""
+    """Each numeric flag must refuse values outside its range, non-numbers, and nan."""
     numeric = [action for action in module.PARSER._actions if callable(action.type)]
     assert len(numeric) >= 12
     for action in numeric:
@@ -648,17 +647,17 @@ def test_numbers_out_of_range_are_refused(module, capsys):
             assert error.count("\n") == 1
 
 
-def test_batch_that_ranks_cannot_share_is_refused(imagenet, tmp_path):
+def test_batch_that_ranks_cannot_split_is_refused(imagenet, tmp_path):
     """Under two processes an odd batch must end all of them with one line."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run("train.py", "--data", imagenet, *TINY, "--batch-size", 9, "--save_dir", tmp_path, ok=False,
                launcher=torchrun)
     assert done.returncode != 0
-    assert done.stderr.count("--batch-size 9: 2 processes cannot share it equally") == 1
+    assert done.stderr.count("--batch-size 9: cannot be split equally over 2 processes") == 1
 
 
 def test_unreadable_image_ends_every_rank(imagenet, tmp_path):
-    """A broken file in one rank's share must end both ranks at once, with the line that names it."""
+    """A broken file in one rank's local batch must end both ranks at once, with the line that names it."""
     for k in range(8):
         source = imagenet / "train" / "n01440764" / f"n01440764_{k}.JPEG"
         (tmp_path / f"{k}.jpg").write_bytes(source.read_bytes() if k != 3 else b"broken")
@@ -671,7 +670,7 @@ def test_unreadable_image_ends_every_rank(imagenet, tmp_path):
 
 @pytest.mark.parametrize("script", ["train.py", "lincls.py"])
 def test_unreadable_image_ends_a_process_with_workers(script, imagenet, tmp_path):
-    """The line, and an end although the workers leave signals to their rank."""
+    """The line, and the process must end although the workers leave signals to their rank."""
     shutil.copytree(imagenet, tmp_path / "data")
     (tmp_path / "data" / "train" / "n01440764" / "n01440764_3.JPEG").write_bytes(b"broken")
     done = run(script, "--data", tmp_path / "data", *TINY, "--workers", 2, "--save_dir", tmp_path / "saved", ok=False)
@@ -682,7 +681,7 @@ def test_unreadable_image_ends_a_process_with_workers(script, imagenet, tmp_path
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "scripts").glob("pretrain_*.sh")))
 def test_recipes_take_overrides(recipe, imagenet, tmp_path):
-    """Each recipe must run as it is, with flags appended: here on few small images, as a dry run."""
+    """Each recipe must run unchanged, with flags appended: here on few small images, as a dry run."""
     env = os.environ | {"PYTHON": sys.executable, "DATA": str(imagenet), "SAVE_DIR": str(tmp_path), "GPUS": "2",
                         "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", ROOT / "scripts" / recipe, *TINY, "--data_name", "imagenet1000", "--dry-run"]
@@ -692,7 +691,7 @@ def test_recipes_take_overrides(recipe, imagenet, tmp_path):
 
 
 def test_imagenet100_is_linked(tmp_path):
-    """The subset must hold the authors' 100 classes of both splits; an incomplete tree must be refused."""
+    """The subset must contain the authors' 100 classes in both splits; an incomplete tree must be refused."""
     classes = (ROOT / "scripts" / "tools" / "imagenet100_classes.txt").read_text().split()
     assert len(set(classes)) == 100
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""A few labels: which images."""
+"""Which images a class-balanced subset takes."""
 
 from types import SimpleNamespace
 
@@ -12,8 +12,8 @@ TARGETS = np.random.default_rng(0).permutation(np.repeat(np.arange(len(SIZES)), 
 
 
 @pytest.mark.parametrize("percent", [0.1, 1, 10, 33.3, 99, 100])
-def test_classes_share_the_images_as_evenly_as_they_can(percent):
-    """As many as asked for, each once; a class has one less than another only by the last round, or for want of more.
+def test_classes_are_as_balanced_as_possible(percent):
+    """As many as requested, each once; a class has fewer than another only due to the last round, or if it has no more.
     """
     indices = balanced_indices(TARGETS, percent, seed=1)
     assert len(indices) == max(round(2 * percent), len(SIZES))
@@ -22,8 +22,8 @@ def test_classes_share_the_images_as_evenly_as_they_can(percent):
     assert all(count == size or count >= counts.max() - 1 for count, size in zip(counts, SIZES, strict=True))
 
 
-def test_seed_decides_and_less_is_part_of_more():
-    """The same seed gives the same images, another one others; 1 % is among the 10 %."""
+def test_seed_decides_and_smaller_subsets_are_nested():
+    """The same seed gives the same images, another seed others; the 1 % are among the 10 %."""
     some, more = (set(balanced_indices(TARGETS.tolist(), percent, seed=1).tolist()) for percent in (10, 40))
     assert some < more
     assert some == set(balanced_indices(TARGETS, 10, seed=1).tolist())

@@ -17,7 +17,7 @@ B, D, N = 8, 16, 100
 
 
 class Calls(TorchDispatchMode):
-    """`names`: those of the operations that are asked for, but for views, in their order. A copy to the host fails."""
+    """Records the `names` of the operations requested, except views, in order. A copy to the host fails."""
 
     def __init__(self):
         super().__init__()
@@ -34,12 +34,12 @@ class Calls(TorchDispatchMode):
 
 @pytest.fixture
 def fake_gpu():
-    """All tensors made in the test are fake ones on a GPU. What is asked of it is told."""
+    """All tensors created in the test are fake ones on a GPU. Requested operations are recorded."""
     with FakeTensorMode(), torch.device("cuda"), Calls() as calls:
         yield calls
 
 
-def test_host_that_asks_is_noticed(fake_gpu):
+def test_reading_from_the_host_is_noticed(fake_gpu):
     with pytest.raises(DataDependentOutputException):
         torch.zeros(3).sum().item()
     with pytest.raises(AssertionError, match="_to_copy"):
@@ -51,8 +51,8 @@ def test_host_that_asks_is_noticed(fake_gpu):
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
 @pytest.mark.parametrize("loss_type", [GlobalContrastiveLoss, ContrastiveLoss])
 def test_loss(loss_type, temperature, fake_gpu, monkeypatch):
-    """Neither the loss, with indices from the host, nor what is shown of it may ask for a value."""
-    monkeypatch.setattr(GlobalContrastiveLoss, "_check", lambda *_: None)       # which reads them, there
+    """Neither the loss, with indices from the host, nor its monitored values may read from the device."""
+    monkeypatch.setattr(GlobalContrastiveLoss, "_check", lambda *_: None)       # which reads the indices
     criterion = loss_type(*[N] * (loss_type is GlobalContrastiveLoss), temperature).to("cuda")
     z1, z2 = torch.randn(2, B, D, requires_grad=True)
     for index in torch.arange(2 * B, device="cpu").chunk(2):
@@ -63,7 +63,7 @@ def test_loss(loss_type, temperature, fake_gpu, monkeypatch):
 
 @pytest.mark.parametrize("blur", [False, True])
 def test_augmentation(blur, fake_gpu):
-    """Of crops on the host or on the GPU; in hardly more operations than now, for which a small batch waits."""
+    """With crops on the host or on the GPU; in hardly more operations than now, since they bound small batches."""
     stage = Augment((0.5,) * 3, (0.2,) * 3, blur, torch.bfloat16, torch.channels_last).to("cuda")
     for device in ("cpu", "cuda"):
         crops = torch.zeros(B, 3, 32, 32, dtype=torch.uint8, device=device)
@@ -75,7 +75,7 @@ def test_augmentation(blur, fake_gpu):
 
 
 def test_lars(fake_gpu):
-    """A step, in as many operations for ResNet-50 as for ResNet-18: all parameters go together."""
+    """A step, in as many operations for ResNet-50 as for ResNet-18: all parameters are updated together."""
     counts = set()
     for arch in ("resnet18", "resnet50"):
         params = list(SimCLR(resnet(arch), D).parameters())

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""One table, and a plot, of many runs: reads the results.json files that lincls.py left.
+"""Collect many runs in one table, and a plot, from the results.json files that lincls.py wrote.
 
     python scripts/experiments/collect_results.py FOLDER [--png FILE]
 
-Runs that differ in the seed alone are one row: mean and standard deviation over all seeds that are there. Beside loss
-and batch size, each setting of the pretraining in which the runs differ has a column. Accuracies are those of the last
-epoch; where classifiers of several learning rates were trained, the best of them stands for the run.
+Runs that differ only in the seed form one row: mean and standard deviation over all available seeds. In addition to
+loss and batch size, each pretraining setting in which the runs differ has a column. Accuracies are those of the last
+epoch; if classifiers with several learning rates were trained, the best one represents the run.
 
-Where SimCLR and SogCLR were trained with the same settings, a second table holds their differences, each of two runs of
-the same seed, which have the same first weights, order and views.
+If SimCLR and SogCLR were trained with the same settings, a second table shows their differences, each of two runs with
+the same seed, which share initial weights, order and views.
 """
 
 import json
@@ -31,12 +31,12 @@ DIFFERENCE = "SogCLR - SimCLR"
 
 
 def read(folder):
-    """All evaluations of pretrained encoders under a folder.
+    """Read all evaluations of pretrained encoders under a folder.
 
-    Returns the names of the settings that tell its runs apart, and {their values: {column: {seed: value}}}; a column is
+    Returns the names of the settings in which its runs differ, and {their values: {column: {seed: value}}}; a column is
     a protocol, its value the Acc@1 in percent, or "minutes", those of the pretraining. A third item is the set of
-    (commit, device, torch's version) of the evaluations.
-    Raises InputError where there is none, where one cannot be read, or where two would be the same entry.
+    (commit, device, torch version) of the evaluations.
+    Raises InputError if there is none, if one cannot be read, or if two would be the same entry.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -58,9 +58,9 @@ def read(folder):
             made_by.add((commit + " (changed)" * (not results["clean"]), results["device"],
                          results["versions"]["torch"]))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{file}: cannot be read as a lincls.py result, take it away or run it again") from error
+            raise InputError(f"{file}: cannot be read as a lincls.py result, remove it or run it again") from error
     if not runs:
-        raise InputError(f"{folder}: holds no results.json of a pretrained encoder, run lincls.py first")
+        raise InputError(f"{folder}: contains no results.json of a pretrained encoder, run lincls.py first")
 
     names = ["loss_type", "batch_size"]
     names += [name for name in RESUME_FLAGS if name not in (*names, "seed")
@@ -72,7 +72,7 @@ def read(folder):
         for column, value in values.items():
             other = entered.setdefault((settings, column, seed), file)
             if other != file:
-                raise InputError(f"{file}: has the pretraining's settings, the protocol and the seed of {other}, "
+                raise InputError(f"{file}: has the same pretraining settings, protocol and seed as {other}, "
                                  "move one of them elsewhere")
             row.setdefault(column, {})[seed] = value
         if seconds is not None:
@@ -81,14 +81,14 @@ def read(folder):
 
 
 def setting(encoder, name):
-    """A setting of the pretraining, None where it had no say in it."""
+    """A pretraining setting, None if it had no effect."""
     idle = (name.startswith("gamma") and encoder["loss_type"] == "cl") or (
         name == "gamma_decay_epochs" and encoder.get("gamma_schedule") != "cosine")
     return None if idle else encoder.get(name)
 
 
 def differences(names, table):
-    """SogCLR minus SimCLR, seed by seed, where all settings but the loss's own are equal: a table as that of `read`."""
+    """SogCLR minus SimCLR, seed by seed, if all settings but the loss's own are equal: a table as from `read`."""
     def common(settings):
         return tuple(value for name, value in zip(names, settings, strict=True)
                      if name != "loss_type" and not name.startswith("gamma"))
@@ -115,7 +115,7 @@ def mean_and_deviation(values):
 
 
 def markdown(names, table):
-    """A row for each of the settings, a column for each protocol, and the minutes that the pretraining took."""
+    """A Markdown table: a row per settings, a column per protocol, and the minutes that pretraining took."""
     columns = sorted({column for row in table.values() for column in row}, key=lambda name: (name == MINUTES, name))
     flags = {action.dest: action.option_strings[-1] for action in PARSER._actions}
     heads = ["loss", "batch", *(f"`{flags[name]}`" for name in names[2:]), *columns, "seeds"]
@@ -139,7 +139,7 @@ def report(folder):
 
 
 def plot(table, protocol, file, width=640, height=400):
-    """Acc@1 over the batch size, a line for each loss, its bars one standard deviation long to each side."""
+    """Plot Acc@1 over batch size, one line per loss, with error bars of one standard deviation to each side."""
     lines = {}      # {loss: {batch size: (mean, deviation)}}
     for (loss, batch), row in in_order(table):
         if protocol in row:
@@ -179,9 +179,9 @@ def plot(table, protocol, file, width=640, height=400):
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to look, at any depth")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to search, at any depth")
     parser.add_argument("--png", type=output_file, metavar="FILE",
-                        help="also draw the classic linear protocol there, or else another")
+                        help="also plot the classic linear protocol, or else another, to this file")
     args = parser.parse_args()
     try:
         names, table, _ = read(args.folder)
@@ -189,7 +189,7 @@ def main():
     except InputError as error:
         parser.error(str(error))
     if args.png and len(names) > 2:
-        parser.error(f"--png: draws runs that differ in loss, batch size and seed, not in {', '.join(names[2:])}")
+        parser.error(f"--png: plots runs that differ in loss, batch size and seed, not in {', '.join(names[2:])}")
     if args.png:
         protocols = {column for row in table.values() for column in row if column != MINUTES}
         plot(table, min(protocols, key=lambda name: ("linear" not in name, "cached" in name, name)), args.png)

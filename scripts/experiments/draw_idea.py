@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Draws the README's picture of the idea, scripts/experiments/pictures/idea.svg.
+"""Draw the README's picture of the idea, scripts/experiments/pictures/idea.svg.
 
     python scripts/experiments/draw_idea.py
 
-The curve on the right is computed: one anchor among 5,000 random unit vectors, visited 60 times with other batches.
+The curve on the right is computed: one anchor among 5,000 random unit vectors, visited 60 times with different batches.
 """
 
 import math
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 FILE = Path(__file__).parent / "pictures" / "idea.svg"
-SIMCLR, SOGCLR, GREY, PULL = "#c85028", "#285ab4", "#999", "#2a9d4a"
-HEADING = 28        # its place from the top
+SIMCLR, SOGCLR, GRAY, PULL = "#c85028", "#285ab4", "#999", "#2a9d4a"
+HEADING = 28        # its distance from the top
 IMAGES, DIM, TAU, BATCH, GAMMA, VISITS = 5000, 16, 0.1, 16, 0.2, 60
 
 
@@ -46,7 +46,7 @@ def dot(x, y, radius, fill):
 
 
 def sub(letter, index, power=""):
-    """A letter with its index below and, if there is one, its power above that."""
+    """A letter with its subscript and, if any, its superscript above that."""
     above = f'<tspan dy="-8" font-size="70%">{power}</tspan><tspan dx="-7" dy="8" font-size="1">&#8203;</tspan>'
     below = f'<tspan dy="5" font-size="70%">{index}</tspan><tspan dy="-5" font-size="1">&#8203;</tspan>'
     return f'<tspan font-style="italic">{letter}</tspan>' + above * bool(power) + below
@@ -61,7 +61,7 @@ def sphere(x, y, radius):
     parts = [f'<circle cx="{x}" cy="{y}" r="{radius}" fill="none" stroke="#ccc"/>']
     parts += [line(*a, *other, SIMCLR, width, 'opacity="0.75"')
               for other, width in zip(others, (4.5, 3.2, 2.2, 1.5, 1.1, 0.8, 0.8, 1), strict=True)]
-    parts += [line(*a, *b, PULL, 4), *(dot(*other, 6, GREY) for other in others),
+    parts += [line(*a, *b, PULL, 4), *(dot(*other, 6, GRAY) for other in others),
               dot(*a, 7, SOGCLR), dot(*b, 7, SOGCLR),
               text(a[0] + 8, a[1] - 12, sub("z", "i", "a")), text(b[0] + 20, b[1] - 4, sub("z", "i", "b")),
               text(x, HEADING, "a batch: two views of each image", 15),
@@ -71,7 +71,7 @@ def sphere(x, y, radius):
 
 
 def memory(x, y, cell=24, count=11, chosen=4):
-    """The moving averages: a number for each image of the data set."""
+    """The moving averages: one number per image of the data set."""
     left = x - count * cell / 2
     parts = [text(x, HEADING, "the whole data set: a number for each image", 15)]
     for k in range(count):
@@ -79,7 +79,7 @@ def memory(x, y, cell=24, count=11, chosen=4):
         parts.append(f'<rect x="{left + k * cell}" y="{y - 14}" width="{cell - 3}" height="28" fill="{fill}" rx="3"/>')
     middle = left + (chosen + 0.5) * cell - 1.5
     parts += [text(middle, y - 24, sub("u", "i"), 16), text(left + count * cell + 10, y + 5, "…"),
-              text(left, y + 34, "1", 12, GREY), text(left + count * cell, y + 34, "N", 12, GREY),
+              text(left, y + 34, "1", 12, GRAY), text(left + count * cell, y + 34, "N", 12, GRAY),
               text(x, y + 68, f"{sub('U', 'i')} = (1 &#8722; &#947;) {sub('u', 'i')} + &#947; {sub('g', 'i')}", 17),
               text(x, y + 96, f"{sub('g', 'i')}: mean score of the batch's negatives"),
               text(x, y + 116, f"{sub('u', 'i')} ← {sub('U', 'i')}, kept until image i's next visit")]
@@ -87,7 +87,7 @@ def memory(x, y, cell=24, count=11, chosen=4):
 
 
 def curve(left, top, width, height):
-    """What SimCLR and SogCLR divide by, over the visits of one image."""
+    """The denominators of SimCLR and SogCLR over the visits of one image."""
     true, batches, averages = simulate()
     low, high = min(batches.min(), true) - 0.1, max(batches.max(), true) + 0.1
 
@@ -105,7 +105,7 @@ def curve(left, top, width, height):
                    f'<tspan fill="{SIMCLR}">SimCLR: {sub("g", "i")} of one batch</tspan>'
                    f'<tspan dx="16" fill="{SOGCLR}">SogCLR: {sub("U", "i")}</tspan>'
                    '<tspan dx="16">- - all images</tspan>', 13),
-              text(left - 10, top + height / 2, "log score", 12, GREY, "middle",
+              text(left - 10, top + height / 2, "log score", 12, GRAY, "middle",
                    f'transform="rotate(-90 {left - 10} {top + height / 2})"')]
     return parts
 

@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""How far a small batch's gradient points away from the global loss's, in a pretrained network as it stands.
+"""Measure how far a small batch's gradient points away from the global loss's, for a fixed pretrained network.
 
     python scripts/experiments/gradient_bias.py CHECKPOINT [--batch-sizes 16 64 256] [--t 0.1] [--gamma 1 0.9 0.2]
 
-CHECKPOINT is of train.py; two views of some of its images stand for the data set. The network is held fixed, with
-BatchNorm's running statistics, so that a projection depends on its own image alone. The gradient of the global loss, in
-which the views of all other images are the negatives, is then known exactly. Beside it stand the gradients of SimCLR
-and of SogCLR when the same views are cut into batches, at random, again and again:
+CHECKPOINT is from train.py; two views of some of its images represent the data set. The network is held fixed, with
+BatchNorm's running statistics, so that a projection depends only on its own image. The gradient of the global loss, in
+which the views of all other images are the negatives, is then known exactly. It is compared with the gradients of
+SimCLR and SogCLR when the same views are repeatedly split into batches at random:
 
     bias   the angle between their mean and the global gradient, in degrees: what more batches do not average out
     noise  how far a single one is from that mean, in units of the mean's length
 
-All gradients are those with respect to the projections of all images. SogCLR's u come from earlier visits, with other
-views and in other batches, as in training; but since the network does not move, they are not out of date. At a low
-temperature few views decide a score: the angles then depend on how many images there are.
+All gradients are with respect to the projections of all images. SogCLR's u come from earlier visits, with other views
+and in other batches, as in training; but since the network does not change, they are not stale. At a low temperature
+few views dominate a score, so the angles then depend on the number of images.
 
-The last row is of the network instead: the mean of the negatives' score g among the images of a batch by whose own
-statistics BatchNorm normalizes them, as in training, in parts of its mean among all of them.
+The last row is about the network instead: the mean of the negatives' score g among the images of a batch that BatchNorm
+normalizes by the batch's own statistics, as in training, as a fraction of its mean among all of them.
 """
 
 import copy
@@ -45,16 +45,16 @@ SETTINGS = ("data_name", "data", "image_size", "crop_min", "bad_images", "augmen
 
 
 class Network:
-    """The network of a checkpoint, and some of its images as training would see them next.
+    """A checkpoint's network, and some of its images as training would see them next.
 
-    saved: the checkpoint. Raises InputError where it is not of train.py, and where the images are not those that it was
+    saved: the checkpoint. Raises InputError if it is not from train.py, or if the images are not those that it was
     trained on.
     """
 
     def __init__(self, args, saved, device):
         settings, source = saved["settings"], f"CHECKPOINT {args.checkpoint}"
         if not isinstance(settings, dict) or any(name not in settings for name in SETTINGS):
-            raise InputError(f"{source}: does not tell how it was trained, give one of this repository's train.py")
+            raise InputError(f"{source}: does not record how it was trained, use one from this repository's train.py")
         self.settings, self.device, self.workers, self.epoch = settings, device, args.workers, saved["epoch"]
         name, folder = settings["data_name"], args.data or settings["data"]
         data = open_data_set(name, folder, "train", settings["image_size"], labels=name != "folder")
@@ -62,7 +62,7 @@ class Network:
         count = min(args.images, len(data.images))
         for size in args.batch_sizes:
             if size > count:
-                raise InputError(f"--batch-sizes {size}: only {count} images are looked at, give smaller ones")
+                raise InputError(f"--batch-sizes {size}: only {count} images are used, pass smaller ones")
         chosen = np.random.default_rng(0).permutation(len(data.images))[:count]
         data.images = Subset(data.images, np.sort(chosen))
 
@@ -77,19 +77,19 @@ class Network:
         try:
             self.model.load_state_dict(checkpoint.remove_ddp_prefix(saved["state_dict"]))
         except RuntimeError as error:
-            raise InputError(f"{source}: its weights are not those of its --arch {settings['arch']}") from error
+            raise InputError(f"{source}: its weights do not match its --arch {settings['arch']}") from error
         self.model.to(device, memory_format=layout).eval()
 
     @torch.no_grad()
     def project(self, visit, batch_size, batch_statistics=False):
-        """[N, 2, D] the projections, of length 1, of the two views that each image has at a visit.
+        """[N, 2, D] the unit projections of the two views that each image has at a visit.
 
-        visit: which, from 0. batch_statistics: BatchNorm normalizes each batch by its own, and the images come batch by
-        batch, at random, without an incomplete last one.
+        visit: its number, from 0. batch_statistics: BatchNorm normalizes each batch by its own, and batches are random,
+        without an incomplete last one.
         """
         loader = Loader(self.views, batch_size, self.workers, self.device, seed=self.settings["seed"],
                         shuffle=batch_statistics, drop_last=batch_statistics)
-        model = copy.deepcopy(self.model).train(batch_statistics)       # whose running statistics would move
+        model = copy.deepcopy(self.model).train(batch_statistics)       # whose running statistics would change
         z, index = [], []
         for view1, view2, batch in loader.epoch(self.epoch + visit):
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -98,20 +98,20 @@ class Network:
         print(f"=> visit {visit} of {len(self.views)} images", file=sys.stderr)
         index = torch.cat(index)
         if len(index.unique()) < len(index):
-            raise InputError("--data: an image that cannot be read has been replaced by another, remove it")
+            raise InputError("--data: an unreadable image was replaced by another, remove it")
         return F.normalize(torch.cat(z), dim=2)
 
 
 def gradient(criterion, z, index):
-    """[n, 2, D] of the loss of z [n, 2, D] as one batch, summed over its images, with respect to z."""
+    """[n, 2, D] gradient of the loss of z [n, 2, D] as one batch, summed over its images, with respect to z."""
     z = z.detach().requires_grad_()
     criterion(*z.unbind(1), index).backward()
     return z.grad * len(z)
 
 
 def batches(n, batch_size, generator):
-    """A random cut of n images into batches: for each its indices [batch_size], and how many of them, the first, are
-    new. A last batch that would be incomplete takes images of earlier ones too.
+    """A random split of n images into batches: for each, its indices [batch_size], and how many of them, the first, are
+    new. An incomplete last batch is filled with images of earlier ones.
     """
     order = torch.randperm(n, generator=generator)
     for start in range(0, n, batch_size):
@@ -120,10 +120,10 @@ def batches(n, batch_size, generator):
 
 
 def measure(make_criterion, earlier, z, batch_size, truth, passes, generator):
-    """`bias_and_noise` of a loss on z [N, 2, D] in batches of a size.
+    """`bias_and_noise` of a loss on z [N, 2, D] in batches of batch_size.
 
-    make_criterion: makes the loss, anew for each pass, which it begins by a look at the `earlier` visits, a list of
-    [N, 2, D]; truth: [N, 2, D].
+    make_criterion: creates a new loss for each pass, which first sees the `earlier` visits, a list of [N, 2, D];
+    truth: [N, 2, D].
     """
     gradients = torch.empty(passes, *z.shape, device=z.device)
     for one in gradients:
@@ -140,7 +140,7 @@ def bias_and_noise(gradients, truth):
     """(bias in degrees, its standard error, noise in units of the mean's length), see above.
 
     gradients: [passes, n]; truth: [n]. For the bias only products of different passes count, since they share no noise.
-    Its standard error is the jackknife's, over the passes.
+    Its standard error is a jackknife over the passes.
     """
     passes, pairs = len(gradients), len(gradients) * (len(gradients) - 1)
     scale = (gradients.mean(0) @ truth / (truth @ truth)).double()
@@ -149,11 +149,11 @@ def bias_and_noise(gradients, truth):
     length = scale * truth.norm()                                               # of the mean, along the truth
 
     def degrees(square):
-        """Below zero where the noise that is left makes the square so."""
+        """Negative if residual noise makes the square negative."""
         return torch.rad2deg(torch.atan2(square.abs().sqrt(), length)) * square.sign()
 
     square = products.sum() / pairs                                             # of the mean, across the truth
-    without = degrees((products.sum() - 2 * products.sum(1)) / (pairs - 2 * (passes - 1)))      # each pass in turn
+    without = degrees((products.sum() - 2 * products.sum(1)) / (pairs - 2 * (passes - 1)))      # leaving out each pass
     error = (without.var(correction=0) * (passes - 1)).sqrt()
     noise = (gradients.square().sum(1).mean() / (square + length**2) - 1).clamp_min(0).sqrt()
     return degrees(square).clamp_min(0).item(), error.item(), noise.item()
@@ -167,7 +167,7 @@ def log_mean_score(z, t):
 
 
 def table(args, network):
-    """The lines of the table, as they are measured."""
+    """Yield the table's lines as they are measured."""
     *earlier, z = (network.project(visit, max(args.batch_sizes)) for visit in range(args.visits))
     by_batch = [network.project(0, size, batch_statistics=True) for size in args.batch_sizes]
     N, generator, errors = len(z), torch.Generator().manual_seed(0), []
@@ -189,7 +189,7 @@ def table(args, network):
         truth = gradient(sogclr(1.0), z, torch.arange(N))
         yield row("SimCLR", t, "", [cell(lambda t=t: ContrastiveLoss(t), [], size, truth) for size in args.batch_sizes])
         for gamma in args.gamma:
-            visits = earlier if gamma < 1 else []       # which leave nothing behind
+            visits = earlier if gamma < 1 else []       # with gamma 1, u keeps nothing of them
             yield row("SogCLR", t, f"{gamma:g}", [cell(functools.partial(sogclr, gamma), visits, size, truth)
                                                   for size in args.batch_sizes])
         scores = (torch.stack([log_mean_score(batch, t) for batch in ours.split(size)]).sub_(log_mean_score(ours, t))
@@ -202,23 +202,23 @@ def table(args, network):
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file of train.py")
-    parser.add_argument("--data", metavar="DIR", help="where its images lie now (default: where they lay)")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file from train.py")
+    parser.add_argument("--data", metavar="DIR", help="where its images are now (default: where they were)")
     parser.add_argument("--batch-sizes", nargs="+", default=[16, 64, 256], type=number(int, "[2, inf)"), metavar="N",
-                        help="batches to compare")
+                        help="batch sizes to compare")
     parser.add_argument("--t", nargs="+", type=number(float, "(0, inf)"), metavar="T",
                         help="temperatures (default: the checkpoint's)")
     parser.add_argument("--gamma", nargs="+", default=[1.0, 0.9, 0.5, 0.2], type=number(float, "(0, 1]"),
-                        metavar="G", help="of the moving averages; 1 is without any")
+                        metavar="G", help="gammas of the moving averages; 1 is without any")
     parser.add_argument("--images", default=5000, type=number(int, "[2, inf)"), metavar="N",
-                        help="how many of the checkpoint's images stand for all, drawn at random; memory grows with "
-                             "the square")
+                        help="number of the checkpoint's images, chosen at random, that represent all; memory grows "
+                             "quadratically")
     parser.add_argument("--visits", default=12, type=number(int, "[2, inf)"), metavar="N",
-                        help="of each image; all but the last make u")
+                        help="visits per image; all but the last build u")
     parser.add_argument("--passes", default=20, type=number(int, "[3, inf)"), metavar="N",
-                        help="ways to cut the last visit's views into batches")
+                        help="random splits of the last visit's views into batches")
     parser.add_argument("-j", "--workers", default=8, type=number(int, "[0, inf)"), metavar="N",
-                        help="data loading processes, at most one a core")
+                        help="data loading processes, at most one per core")
     args = parser.parse_args()
     try:
         saved = checkpoint.load(args.checkpoint, "CHECKPOINT", ("epoch", "state_dict", "settings"))

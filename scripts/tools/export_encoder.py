@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Takes the encoder out of a checkpoint, for use without this repository.
+"""Export the encoder from a checkpoint, for use without this repository.
 
     python scripts/tools/export_encoder.py CHECKPOINT OUT [--format torchvision|detectron2]
 
-CHECKPOINT is of train.py or lincls.py, or any other that lincls.py takes as --pretrained. OUT gets a state dict of
-torchvision's ResNet without the classifier, to be read by `torch.load(OUT, weights_only=True)`; or, for detectron2's
-MODEL.WEIGHTS, a pickle of arrays under its names, as MoCo's conversion writes it.
+CHECKPOINT is from train.py or lincls.py, or any other that lincls.py accepts as --pretrained. OUT is a state dict of
+torchvision's ResNet without the classifier, to be loaded with `torch.load(OUT, weights_only=True)`; or, for
+detectron2's MODEL.WEIGHTS, a pickle of arrays under its names, as written by MoCo's conversion.
 """
 
 import os
@@ -24,7 +24,7 @@ from sogclr.flags import ARCHITECTURES, Parser
 
 
 def architecture(state, source):
-    """The name and the stem of the ResNet whose tensors these are. Raises InputError where there is none."""
+    """The name and stem of the ResNet that has these tensors. Raises InputError if there is none."""
     stem = "cifar" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
     shapes = {key: value.shape for key, value in state.items()}
     for arch in ARCHITECTURES:
@@ -32,7 +32,7 @@ def architecture(state, source):
             model = resnet(arch, stem)
         if shapes == {key: value.shape for key, value in model.state_dict().items() if not key.startswith("fc.")}:
             return arch, stem
-    raise InputError(f"{source}: its {len(state)} tensors are not those of any of torchvision's ResNets "
+    raise InputError(f"{source}: its {len(state)} tensors match none of torchvision's ResNets "
                      f"({', '.join(ARCHITECTURES)})")
 
 
@@ -47,7 +47,7 @@ def detectron2_name(name):
 
 
 def write(path, save):
-    """Let `save(file)` write a new file: either all of it is there in the end, or nothing."""
+    """Write a new file with `save(file)`, completely or not at all."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -55,7 +55,7 @@ def write(path, save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:        # torch.save makes the one into the other
+    except (OSError, RuntimeError) as error:        # torch.save turns an OSError into a RuntimeError
         if part.is_file():
             part.unlink()
         raise InputError(f"OUT {path}: cannot be written: "
@@ -64,17 +64,17 @@ def write(path, save):
 
 def export(args):
     if args.out.exists():
-        raise InputError(f"OUT {args.out}: is there already, give a new name or remove it")
+        raise InputError(f"OUT {args.out}: already exists, choose a new name or remove it")
     source = f"CHECKPOINT {args.checkpoint}"
     state = encoder_state(checkpoint.load(args.checkpoint, "CHECKPOINT"), source)
     arch, stem = architecture(state, source)
-    # In the usual kind and order, whatever the checkpoint's is: a GPU trains in channels_last. Counters stay integers.
+    # In the usual dtype and layout, whatever the checkpoint's: a GPU trains in channels_last. Counters stay integers.
     state = {key: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True,
                            memory_format=torch.contiguous_format) for key, value in state.items()}
     if args.format == "torchvision":
         write(args.out, lambda file: torch.save(state, file))
     elif stem == "cifar":
-        raise InputError(f"--format detectron2: {args.checkpoint} has the cifar stem, detectron2's ResNet has another")
+        raise InputError(f"--format detectron2: {args.checkpoint} has the cifar stem, unlike detectron2's ResNet")
     else:
         arrays = {detectron2_name(key): value.numpy() for key, value in state.items()}
         whole = {"model": arrays, "__author__": "SogCLR", "matching_heuristics": True}
@@ -84,9 +84,9 @@ def export(args):
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file of train.py, or any that lincls.py can evaluate")
-    parser.add_argument("out", metavar="OUT", type=Path, help="file to make")
-    parser.add_argument("--format", default="torchvision", choices=("torchvision", "detectron2"), help="whose ResNet")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file from train.py, or any that lincls.py accepts")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to create")
+    parser.add_argument("--format", default="torchvision", choices=("torchvision", "detectron2"), help="target ResNet")
     args = parser.parse_args()
     try:
         export(args)

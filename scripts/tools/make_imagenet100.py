@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Build ImageNet-100 (the authors' ImageNet-S) from an ImageNet-1K tree, by links: it takes no space.
+"""Build ImageNet-100 (the authors' ImageNet-S) from an ImageNet-1K tree, by links, which take no space.
 
     python scripts/tools/make_imagenet100.py IMAGENET DST
 
-IMAGENET holds train/<wnid>/ and val/<wnid>/; DST gets the same with the 100 classes of imagenet100_classes.txt.
+IMAGENET contains train/<wnid>/ and val/<wnid>/; DST gets the same with the 100 classes of imagenet100_classes.txt.
 """
 
 import argparse
@@ -20,8 +20,8 @@ def fail(message):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("imagenet", type=Path, help="folder that holds train/<wnid>/ and val/<wnid>/")
-    parser.add_argument("dst", type=Path, help="folder to make")
+    parser.add_argument("imagenet", type=Path, help="folder that contains train/<wnid>/ and val/<wnid>/")
+    parser.add_argument("dst", type=Path, help="folder to create")
     args = parser.parse_args()
     folders = [Path(split, wnid) for split in ("train", "val") for wnid in CLASSES]
     missing = [folder for folder in folders if not (args.imagenet / folder).is_dir()]
@@ -33,7 +33,7 @@ def main():
         if link.is_symlink():
             link.unlink()
         elif link.exists():
-            fail(f"{link}: exists and is not a link, give an empty folder")
+            fail(f"{link}: exists and is not a link, use an empty folder")
         link.symlink_to((args.imagenet / folder).resolve(), target_is_directory=True)
     print(f"{args.dst}: {len(CLASSES)} classes linked in train and val")
 

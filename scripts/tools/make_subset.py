@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""A small, class-balanced part of a data set, as a folder for `--data_name folder`: to try things, or to tune them.
+"""Make a small, class-balanced subset of a data set, as a folder for `--data_name folder`, for trials or tuning.
 
     python scripts/tools/make_subset.py DST --data_name cifar10 --data DIR --train 5000 --val 5000
     python scripts/tools/make_subset.py DST --data_name cifar10 --data DIR --train 5000 --val 5000 --held-out
 
-DST/val gets images of the validation split; with --held-out it gets other images of the *training* split, on which
-settings can be chosen without a look at the validation images. DST/train is the same with and without. Images that are
-files are linked, so that the originals must stay, and a change here is a change there; others are written as PNG.
+DST/val gets images of the validation split; with --held-out, other images of the *training* split, so that settings can
+be chosen without looking at the validation images. DST/train is the same either way. Image files are linked, so the
+originals must stay, and a change here is a change there; other images are written as PNG.
 """
 
 import os
@@ -25,21 +25,21 @@ from sogclr.subset import balanced_indices
 
 
 def draw(images, n, but=()):
-    """n indices of a fixed class-balanced draw, ascending; others than `but`, which are the first of the same draw.
+    """n indices of a fixed class-balanced sample, ascending, without `but`, the first indices of the same sample.
 
-    Raises InputError where there are too few images, or n is too small for one of each class.
+    Raises InputError if there are too few images, or n is too small for one of each class.
     """
     if n + len(but) > len(images):
-        raise InputError(f"--train, --val: {n + len(but)} images are wanted of a split of {len(images)}, take fewer")
+        raise InputError(f"--train, --val: {n + len(but)} images requested from a split of {len(images)}, use fewer")
     indices = np.setdiff1d(balanced_indices(images.targets, 100 * (n + len(but)) / len(images), seed=0), but)
     classes = len(np.unique(images.targets))
     if len(indices) != n or len(np.unique(np.asarray(images.targets)[indices])) < classes:
-        raise InputError(f"--train, --val: {n} images cannot hold one of each of the {classes} classes, take more")
+        raise InputError(f"--train, --val: {n} images cannot include each of the {classes} classes, use more")
     return indices
 
 
 def write(images, indices, folder):
-    """folder/<class>/<index>.<ending> for each of the images."""
+    """Write each image to folder/<class>/<index>.<extension>."""
     for i in indices:
         target = folder / images.classes[images.targets[i]] / f"{i:08d}"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,15 +53,15 @@ def write(images, indices, folder):
 def main():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DST", help="a new folder")
-    parser.add_argument("--data_name", default="cifar10", choices=DATA_SETS, help="the data set to take from")
-    parser.add_argument("--data", metavar="DIR", help="where it lies (default: data/<data_name>)")
+    parser.add_argument("--data_name", default="cifar10", choices=DATA_SETS, help="the source data set")
+    parser.add_argument("--data", metavar="DIR", help="its folder (default: data/<data_name>)")
     parser.add_argument("--train", default=5000, type=number(int, "[1, inf)"), metavar="N", help="training images")
     parser.add_argument("--val", default=5000, type=number(int, "[1, inf)"), metavar="N", help="validation images")
     parser.add_argument("--held-out", action="store_true", help="take the validation images from the training split")
     args = parser.parse_args()
     try:
         if args.folder.exists():
-            raise InputError(f"{args.folder}: exists, name a new folder")
+            raise InputError(f"{args.folder}: already exists, choose a new folder")
         train = open_data_set(args.data_name, args.data, "train").images
         train_indices = draw(train, args.train)
         if args.held_out:
@@ -69,13 +69,13 @@ def main():
         else:
             val = open_data_set(args.data_name, args.data, "val").images
             val_indices = draw(val, args.val)
-        # Under another name until it is whole, and one of its own, in case two of these run at once.
+        # Under another name until it is complete, and a unique one, in case two of these run at once.
         args.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.folder.absolute().parent, prefix=args.folder.name) as part:
-            whole = Path(part) / "whole"
-            write(train, train_indices, whole / "train")
-            write(val, val_indices, whole / "val")
-            whole.rename(args.folder)
+            complete = Path(part) / "complete"
+            write(train, train_indices, complete / "train")
+            write(val, val_indices, complete / "val")
+            complete.rename(args.folder)
     except InputError as error:
         parser.error(str(error))
     except OSError as error:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Kills a run at random moments and resumes it, until it has ended: it must be bit-equal to an undisturbed one.
+"""Kill a run at random moments and resume it until it ends: it must be bit-identical to an undisturbed one.
 
     python scripts/tools/stress_test.py [--kills 25]
 
 Two processes on the CPU train on image files; `kill -9` hits one or both of them between two saves or while a
 checkpoint is being written, and both while they start; then the same command starts again, with --resume auto. Takes
-some 20 seconds a kill. Exits with 1 where the results differ.
+about 20 seconds per kill. Exits with 1 if the results differ.
 """
 
 import os
@@ -29,11 +29,11 @@ from sogclr.launch import free_port
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 IMAGES, BATCH = 64, 8
-PATIENCE = 60       # seconds in which the survivor of a kill must have ended
+TIMEOUT_SECONDS = 60        # for the survivor of a kill to end
 
 
 class Run:
-    """The two processes, started as by hand on two machines."""
+    """A run of two processes, started as if by hand on two machines."""
 
     def __init__(self, data, folder, epochs):
         url = f"tcp://localhost:{free_port()}"
@@ -51,7 +51,7 @@ class Run:
                 threading.Thread(target=lambda stream=stream, lines=lines: lines.extend(stream), daemon=True).start()
 
     def wait_for(self, condition, seconds):
-        """Whether the condition has come true in that time, while both processes live."""
+        """Whether the condition becomes true within that time, while both processes are alive."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and all(process.poll() is None for process in self.ranks):
             if condition():
@@ -65,17 +65,17 @@ class Run:
     def end(self, seconds=None):
         codes = [process.wait(seconds) for process in self.ranks]
         if any(code > 1 for code in codes):
-            sys.exit("".join(["the run failed by itself:\n", *self.lines, *self.errors]))
+            sys.exit("".join(["the run failed on its own:\n", *self.lines, *self.errors]))
         return codes
 
 
 def kill_at_random(run, folder, rng):
-    """Choose a moment and the victims; return the moment's name, or None where the run had ended before."""
+    """Kill processes at a random moment; return the moment's name, or None if the run had already ended."""
     moment = rng.choice(("starting", "between saves", "between saves", "saving", "saving"))
     if moment == "starting":
         run.wait_for(lambda: False, rng.uniform(0, 10))
     else:
-        run.wait_for(run.steps, PATIENCE * 4)
+        run.wait_for(run.steps, TIMEOUT_SECONDS * 4)
         run.wait_for(lambda: False, rng.uniform(0, 2))
     saving = any(folder.rglob("*.part"))
     if moment == "saving":
@@ -83,14 +83,14 @@ def kill_at_random(run, folder, rng):
         run.wait_for(lambda: False, rng.uniform(0, 0.05))
     if any(process.poll() is not None for process in run.ranks):
         return None
-    # Before they have met, one would wait ten minutes for the other, which could be slow to start.
+    # Before they connect, one would wait ten minutes for the other, which could be slow to start.
     for process in rng.choice((run.ranks, run.ranks[:1], run.ranks[1:])) if run.steps() else run.ranks:
         process.kill()
     return "saving" if saving else "between saves" if run.steps() else "starting"
 
 
 def same(a, b):
-    """Whether two checkpoints hold the same bits, but for where and how they were made and how long it took."""
+    """Whether two checkpoints are bit-identical, ignoring settings and timings."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key not in ("settings", "seconds"))
     if isinstance(a, list):
@@ -100,8 +100,8 @@ def same(a, b):
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--kills", default=25, type=number(int, "[1, inf)"), metavar="N", help="how many")
-    parser.add_argument("--seed", default=0, type=number(int, "[0, inf)"), metavar="N", help="of the moments")
+    parser.add_argument("--kills", default=25, type=number(int, "[1, inf)"), metavar="N", help="number of kills")
+    parser.add_argument("--seed", default=0, type=number(int, "[0, inf)"), metavar="N", help="seed of the moments")
     args = parser.parse_args()
     rng, pixels = random.Random(args.seed), np.random.default_rng(0)
     epochs = 4 + 3 * args.kills
@@ -121,7 +121,7 @@ def main():
             if moment is None:
                 break
             killed = time.monotonic()
-            run.end(PATIENCE)
+            run.end(TIMEOUT_SECONDS)
             moments.append(moment)
             seconds.append(time.monotonic() - killed)
             skipped = sum("=> skipped" in line for line in run.lines)
