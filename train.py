@@ -76,7 +76,7 @@ def build_parser():
                         help="minimum crop area as a fraction of the image")
     method.add_argument("--augment", default="batched", choices=("batched", "pil"),
                         help="where color augmentation runs: in batches on the device, or per image in the workers, "
-                             "as in the authors' code (slower, for comparison)")
+                             "as in the authors' code (slower on a GPU, for comparison)")
     run.add_argument("--save-freq", default=10, type=number(int, "[1, inf)"), metavar="N",
                      help="keep the checkpoint of every N-th epoch and of the last three")
     run.add_argument("--dry-run", action="store_true",
@@ -327,7 +327,7 @@ def dry_run_report(args, progress, state, device):
     else:
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB excluding workers"
     hours = args.epochs * progress.steps * progress.seconds_per_step / 3600
-    duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     kept = 2 + sum(checkpoint_is_kept(args, epoch) for epoch in range(args.epochs))      # 2: _last and _previous
     disk = kept * checkpoint.size(state.saved()) / 2**30
     return (f"=> {args.epochs} epochs will take about {duration} ({progress.images_per_second:.0f} images/s, "

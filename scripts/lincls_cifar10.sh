@@ -6,5 +6,5 @@ set -euo pipefail
 pretrained=$(realpath "${1:?usage: $0 CHECKPOINT [FLAGS]}")
 shift
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" lincls.py --data_name cifar10 --data "${DATA:-data/cifar10}" --pretrained "$pretrained" --workers 16 \
-    --save_dir "${SAVE_DIR:-saved_models}" --resume auto "$@"
+exec "${PYTHON:-python3}" lincls.py --data_name cifar10 --data "${DATA:-data/cifar10}" \
+    --pretrained "$pretrained" --workers 16 --save_dir "${SAVE_DIR:-saved_models}" --resume auto "$@"

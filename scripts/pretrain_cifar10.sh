@@ -6,6 +6,6 @@
 # Arguments are appended, so any flag can be overridden. The same command continues an interrupted run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" train.py --data_name cifar10 --data "${DATA:-data/cifar10}" --lr 1.0 --learning-rate-scaling linear \
-    --epochs 400 --batch-size 64 --wd 1e-4 --t 0.3 --gamma 0.9 --loss_type dcl --workers 16 \
+exec "${PYTHON:-python3}" train.py --data_name cifar10 --data "${DATA:-data/cifar10}" --lr 1.0 \
+    --learning-rate-scaling linear --epochs 400 --batch-size 64 --wd 1e-4 --t 0.3 --gamma 0.9 --loss_type dcl --workers 16 \
     --save_dir "${SAVE_DIR:-saved_models}" --print-freq 100 --resume auto "$@"

@@ -6,5 +6,5 @@
 # overridden. The same command continues an interrupted run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" train.py --data_name folder --data "${DATA:?DATA=folder of your images}" --bad-images skip --epochs 200 \
-    --batch-size 256 --workers 32 --save_dir "${SAVE_DIR:-saved_models}" --print-freq 100 --resume auto "$@"
+exec "${PYTHON:-python3}" train.py --data_name folder --data "${DATA:?DATA=folder of your images}" --bad-images skip \
+    --epochs 200 --batch-size 256 --workers 32 --save_dir "${SAVE_DIR:-saved_models}" --print-freq 100 --resume auto "$@"

@@ -6,6 +6,6 @@
 # Arguments are appended, so any flag can be overridden. The same command continues an interrupted run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" train.py --lr=.075 --epochs=400 --batch-size=256 --learning-rate-scaling=sqrt --loss_type dcl --gamma 0.9 \
-    --workers 32 --crop-min=.08 --wd=1e-6 --data_name imagenet100 --data "${DATA:-data/imagenet100}" \
+exec "${PYTHON:-python3}" train.py --lr=.075 --epochs=400 --batch-size=256 --learning-rate-scaling=sqrt \
+    --loss_type dcl --gamma 0.9 --workers 32 --crop-min=.08 --wd=1e-6 --data_name imagenet100 --data "${DATA:-data/imagenet100}" \
     --save_dir "${SAVE_DIR:-saved_models}" --print-freq 100 --resume auto "$@"

@@ -7,7 +7,7 @@
 # Arguments are appended, so any flag can be overridden. The same command continues an interrupted run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1,2,3} exec "${PYTHON:-python3}" train.py --lr=.075 --epochs=800 --batch-size=256 \
-    --learning-rate-scaling=sqrt --loss_type dcl --gamma 0.9 --multiprocessing-distributed --world-size 1 --rank 0 \
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1,2,3} exec "${PYTHON:-python3}" train.py --lr=.075 \
+    --epochs=800 --batch-size=256 --learning-rate-scaling=sqrt --loss_type dcl --gamma 0.9 --multiprocessing-distributed --world-size 1 --rank 0 \
     --workers 32 --crop-min=.08 --wd=1e-6 --data_name imagenet1000 --data "${DATA:-data/imagenet1000}" \
     --save_dir "${SAVE_DIR:-saved_models}" --print-freq 1000 --resume auto "$@"

@@ -16,6 +16,6 @@ meeting=(--standalone)
 if [ -n "${MEET:-}" ]; then
     meeting=(--nnodes "${NODES:-4}" --rdzv-backend c10d --rdzv-endpoint "$MEET:29500" --rdzv-id "${RUN_ID:-sogclr}")
 fi
-exec "${PYTHON:-python3}" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "${GPUS:-8}" --max-restarts 3 train.py \
-    --batch-size 1024 --epochs 800 --workers 64 --data_name imagenet1000 --data "${DATA:-data/imagenet1000}" \
+exec "${PYTHON:-python3}" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "${GPUS:-8}" --max-restarts 3 \
+    train.py --batch-size 1024 --epochs 800 --workers 64 --data_name imagenet1000 --data "${DATA:-data/imagenet1000}" \
     --save_dir "${SAVE_DIR:-saved_models}" --print-freq 100 --resume auto "$@"

@@ -89,7 +89,7 @@ class Writer:
 
 def save(state, folder, names=()):
     """Write `checkpoint_last.pth.tar`, also under additional names; even after a power failure the folder has an intact
-    one. The former one becomes `checkpoint_previous.pth.tar`.
+    one. The previous one becomes `checkpoint_previous.pth.tar`.
     """
     part, last = folder / (LAST + ".part"), folder / LAST
     part.unlink(missing_ok=True)        # from an interrupted save; may be a hard link to a kept checkpoint
@@ -193,7 +193,8 @@ def require_same_images(made_with, now, source):
 
 
 def restore_parts(saved, source, **parts):
-    """Load each part's state by name from a checkpoint, skipping the empty state of a disabled scaler.
+    """Load each part's state by name from a checkpoint, skipping the empty state that older files and lincls.py
+    hold for a disabled scaler.
 
     parts: objects with `load_state_dict`. Raises InputError if a state does not match.
     """

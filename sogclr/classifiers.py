@@ -30,7 +30,7 @@ class Classifiers(nn.ModuleList):
                         "best_acc1": 0.0, "best_epoch": -1} for lr, decay in grid]
 
     def forward(self, features):
-        """[b, C] -> R scores [b, K]"""
+        """[b, C] -> logits [b, K] of each of the R classifiers"""
         return [classifier(features) for classifier in self]
 
     @property

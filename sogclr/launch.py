@@ -20,7 +20,7 @@ from sogclr.flags import refuse
 
 STOPPED = 75            # exit code after `Stopped` (EX_TEMPFAIL: try again)
 GRACE_SECONDS = 10      # for the other ranks on this machine to end on their own after one has failed
-AGAIN_SECONDS = 2       # until another signal counts as a second: launchers signal a group and each process
+AGAIN_SECONDS = 2       # until another signal counts as a second one: launchers signal a group and each process
 # Parts of a collective's error message, over gloo or NCCL, if another rank does not respond.
 LOST = "by peer", "closed", "broken pipe", "timed out", "timeout", "remote process"
 

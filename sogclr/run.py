@@ -21,7 +21,7 @@ from sogclr.launch import stop_requested
 class Run:
     """A run and its folder, which it creates, locks, and records the command line in. A context manager for saving.
 
-    args: the script's; folder: the run's, named after its settings; keys: its checkpoints' required ones; resume: a
+    args: the script's; folder: the run's, named after its settings; keys: what its checkpoints must have; resume: a
     file to resume from, "auto" for the folder's newest intact one, if any, or ""; write: whether it writes at all.
 
     `saved`: the checkpoint, {} for a fresh run; `source`: its flag and file; `seed`: `--seed`, else the checkpoint's,

@@ -8,7 +8,7 @@ from PIL import Image
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Results are compared bit by bit across processes, and sums depend on the number of threads."""
+    """Results are compared bit for bit across processes, and sums depend on the number of threads."""
     torch.set_num_threads(1)
 
 

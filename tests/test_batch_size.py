@@ -11,9 +11,10 @@ import pytest
 import train
 from scripts.experiments import batch_size
 
-# Of the real runs: two at a time, of one network step each.
+# Of the real runs: two at a time, of 2 steps an epoch.
 TINY = ["cpu", "--data_name", "folder", "--images", "9", "9", "--batch-sizes", "4", "--seeds", "1", "--jobs", "2",
-        "--epochs", "1", "--warmup-epochs", "0", "--mlp-dim", "16", "--dim", "8", "--precision", "fp32"]
+        "--epochs", "20", "--warmup-epochs", "0", "--mlp-dim", "16", "--dim", "8", "--precision", "fp32",
+        "--image-size", "16", "--save-minutes", "0.001"]
 
 
 def planned(monkeypatch, *flags):
@@ -55,7 +56,8 @@ def test_search_never_sees_validation_images(monkeypatch):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--gama", "1"], "unrecognized arguments: --gama 1"), (["--lr", "x"], "argument --lr/--learning-rate: must be"),
-    (["-b8"], "--batch-size: set by this script, give --batch-sizes"), (["--jobs", "0"], "argument --jobs: must be")])
+    (["-b256"], "--batch-size: set by this script, use --batch-sizes"), (["--jobs", "0"], "argument --jobs: must be"),
+    (["--loss_type", "dcl"], "--loss_type: set by this script, use --losses"), (["--dry-run"], "--dry-run: set by")])
 def test_wrong_flag_is_refused_before_anything_is_made(flags, message, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["batch_size.py", *TINY, "--out", str(tmp_path / "out"), *flags])
     with pytest.raises(SystemExit, match="2"):
@@ -64,38 +66,64 @@ def test_wrong_flag_is_refused_before_anything_is_made(flags, message, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-def study(imagenet, out, *flags):
-    # A process group of its own, as in a terminal, where Ctrl-C goes to all of it.
-    return subprocess.Popen([sys.executable, batch_size.__file__, *TINY, "--data", imagenet, "--out", out, *flags],
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+def test_failure_starts_no_more_and_shows_its_last_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)      # pytest keeps its own
+    runs = {"bad": [(["-c", "print('begun'); raise SystemExit('the reason')"], tmp_path / "never")],
+            "next": [(["-c", f"open({str(tmp_path / 'begun')!r}, 'w')"], tmp_path / "begun")]}
+    assert batch_size.run_all(runs, tmp_path, jobs=1) == 1
+    assert not (tmp_path / "begun").exists()
+    assert f"=> code 1, {tmp_path}/bad.log: the reason" in capfd.readouterr().err
+    assert batch_size.run_all({"killed": [(["-c", "import os; os.kill(os.getpid(), 9)"], tmp_path / "never")]},
+                              tmp_path, jobs=1) == 128 + 9
+
+
+def test_jobs_run_side_by_side(tmp_path, monkeypatch):
+    """Each of two runs waits for the other, so that both end only if both run."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    wait = """import pathlib, sys, time
+pathlib.Path(sys.argv[1]).touch()
+end = time.monotonic() + 60
+while not pathlib.Path(sys.argv[2]).exists():
+    if time.monotonic() > end:
+        sys.exit(1)
+"""
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert batch_size.run_all({"a": [(["-c", wait, a, b], a)], "b": [(["-c", wait, b, a], b)]}, tmp_path, jobs=2) == 0
+
+
+def study(imagenet, out):
+    return subprocess.Popen([sys.executable, batch_size.__file__, *TINY, "--data", imagenet, "--out", out],
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
-def test_interrupted_study_continues_and_then_has_nothing_to_do(imagenet, tmp_path, monkeypatch, capsys):
-    """After Ctrl-C it must exit with 75, continue the same runs, compare both losses, and do nothing twice."""
-    first = study(imagenet, tmp_path, "--epochs", "3", "--save-minutes", "0.001")
-    while first.poll() is None and len([1 for log in tmp_path.glob("*.log") if "Epoch: [0]" in log.read_text()]) < 2:
-        time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGINT)
-    _, errors = first.communicate(timeout=120)
+def test_stopped_study_continues_and_then_has_nothing_to_do(imagenet, tmp_path, monkeypatch, capsys):
+    """A signal must reach the runs, which save; the same command must continue them, compare both losses, and do
+    nothing twice.
+    """
+    first = study(imagenet, tmp_path)
+    while first.poll() is None and not any("Epoch: [0]" in log.read_text() for log in tmp_path.glob("*cl*.log")):
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate()
     assert first.returncode == 75, errors
-    assert "stopped with code 75, the same command continues" in errors
+    assert "=> stopped; the same command continues" in errors
+    assert "=> stopped after epoch" in errors       # a run's own last line
 
-    second = study(imagenet, tmp_path, "--epochs", "3", "--save-minutes", "0.001")
-    output, errors = second.communicate(timeout=300)
+    second = study(imagenet, tmp_path)
+    output, errors = second.communicate()
     assert second.returncode == 0, output + errors
-    logs = [log.read_text() for log in tmp_path.glob("*.log")]
+    logs = [log.read_text() for log in tmp_path.glob("*clr*.log")]
     assert [log.count("=> done: ") for log in logs] == [1, 1]
-    assert all("epochs 0 to 2" in log and log.count("=> config: ") == 2 for log in logs)     # of train.py: twice begun
+    assert any(f"epochs {epoch} to 19" in log for log in logs for epoch in range(1, 20))
     table = (tmp_path / "results.md").read_text()
     assert table in output
     for row in ("| SimCLR | 4 |", "| SogCLR | 4 |", "| SogCLR - SimCLR | 4 |"):
         assert row in table
     assert all(column in table for column in ("kNN-20", "linear evaluation with cached features, best of 8 rates"))
 
-    monkeypatch.setattr("sys.argv", ["batch_size.py", *TINY, "--data", str(imagenet), "--out", str(tmp_path),
-                                     "--epochs", "3", "--save-minutes", "0.001"])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)      # pytest keeps its own
+    monkeypatch.setattr("sys.argv", ["batch_size.py", *TINY, "--data", str(imagenet), "--out", str(tmp_path)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(subprocess, "Popen", None)
     batch_size.main()
     assert capsys.readouterr().out == table

@@ -62,7 +62,7 @@ FOREIGN = {
 @pytest.mark.parametrize(("kind", "wrapper"), [*((kind, "state_dict") for kind in FOREIGN), ("MoCo v3", None),
                                                ("torchvision", None), ("torchvision", "model")])
 def test_encoder_is_found_in_everybodys_files(kind, wrapper, tmp_path):
-    """load_encoder must give bit-equal features, whatever the names' prefix and other entries, and leave `fc` alone;
+    """load_encoder must give bit-identical features, whatever the prefix and other entries, and leave `fc` alone;
     flags in the file or missing BatchNorm counters must not matter.
     """
     prefix, others = FOREIGN[kind]

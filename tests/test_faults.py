@@ -122,7 +122,7 @@ def test_torchrun_restarts_what_has_died(imagenet, tmp_path):
 
 def test_two_ranks_stopped_and_killed_equal_undisturbed(imagenet, tmp_path):
     """A signal to one rank must stop both; a killed rank must be reported by the other, which must not hang; and
-    `--resume auto` must then give the undisturbed run, bit by bit.
+    `--resume auto` must then give the undisturbed run, bit for bit.
     """
     flags = ["--data", imagenet, "--epochs", 8, "--seed", 3, "--resume", "auto", "--save-minutes", 0.01]
     with TwoRanks(*flags, "--save_dir", tmp_path / "straight") as straight:

@@ -151,7 +151,7 @@ def test_permuting_the_batch_permutes():
 
 
 def test_estimator_of_absent_images_does_not_move():
-    """`u` of images outside the batch must be bit-equal before and after."""
+    """`u` of images outside the batch must be bit-identical before and after."""
     criterion = GlobalContrastiveLoss(20)
     run(criterion, *views(dtype=torch.float32), torch.arange(8))
     before = criterion.log_u.clone()
@@ -239,7 +239,7 @@ def test_autocast_does_not_change_the_loss():
 
 
 def test_estimator_is_saved_and_restored_exactly():
-    """The next step after a `state_dict` round trip must be bit-equal; `u` must read and write in linear space."""
+    """The next step after a `state_dict` round trip must be bit-identical; `u` must read and write in linear space."""
     z1, z2 = views(dtype=torch.float32)
     criterion = GlobalContrastiveLoss(20, temperature=0.005)
     run(criterion, z1, z2, torch.arange(8))

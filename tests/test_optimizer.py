@@ -74,7 +74,7 @@ def test_vectors_are_neither_decayed_nor_scaled():
 
 
 def test_resumed_equals_uninterrupted():
-    """A run continued from `state_dict` must be bit-equal to one that was not interrupted."""
+    """A run continued from `state_dict` must be bit-identical to one that was not interrupted."""
     straight, resumed = parameters(torch.float32), parameters(torch.float32)
     one, other = (LARS(params, lr=0.3, weight_decay=1e-4, momentum=0.9) for params in (straight, resumed))
     for step in range(20):

@@ -176,7 +176,7 @@ def test_resumed_run_equals_uninterrupted(pretrained, imagenet, tmp_path):
 
 
 def test_knn_during_pretraining_changes_nothing(pretrained, imagenet, tmp_path, monkeypatch):
-    """With --knn-freq a run must end with the same weights, u and optimizer, bit by bit, and the same random state."""
+    """With --knn-freq a run must end with the same weights, u and optimizer, bit for bit, and the same random state."""
     def watched(*args, original=train.knn_monitor):
         evaluate = original(*args)
 
@@ -408,8 +408,9 @@ def test_two_processes_started_by_hand(imagenet, tmp_path):
 
 @pytest.mark.parametrize("script", ["train.py", "lincls.py"])
 def test_torchrun_with_two_processes(script, pretrained, imagenet, tmp_path):
-    """Two processes must split the batch and print one log; train.py must resume bit-equal and report the kNN accuracy
-    of the saved encoder, and lincls.py, whose features do not depend on the batch, must give one process's classifier.
+    """Two processes must split the batch and print one log; train.py must resume bit-identical and report the kNN
+    accuracy of the saved encoder; lincls.py, whose features do not depend on the batch, must give one process's
+    classifier.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     if script == "train.py":
@@ -489,7 +490,7 @@ def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypat
     _, head, _, *rows, _, remark = bias(path, "--batch-sizes", 5, 20, "--gamma", 1, 0.2, "--images", 20, *few)
     assert head == ["", "loss", "`--t`", "`--gamma`", "batch 5", "batch 20", ""]
     assert [row[1:4] for row in rows] == [["SimCLR", "0.1", ""], ["SogCLR", "0.1", "1"], ["SogCLR", "0.1", "0.2"],
-                                          ["g among a BatchNorm batch", "0.1", ""]]
+                                          ["g within a batch / among all", "0.1", ""]]
     assert all(re.fullmatch(r"\d+\.\d°, \d+\.\d\d", cell) for row in rows[:3] for cell in row[4:6])
     assert rows[1][5] == "0.0°, 0.00"
     assert rows[2][5] != rows[1][5]         # u has seen other views

@@ -7,11 +7,12 @@
     python scripts/experiments/batch_size.py search --data DIR   the settings, chosen on held-out training images
 
 Each run is pretrained by train.py and evaluated by lincls.py: with linear classifiers at eight learning rates, on
-features of random crops and on cached ones, and with kNN. All other flags are passed to train.py, for example
-`--epochs 60 --gamma 0.2`. The same command continues after an interruption and skips what is done, and runs with other
-settings may be added to the same --out; its results.md has the tables of them all.
+features of random crops (not in `search`) and on cached ones, and with kNN. All other flags are passed to train.py,
+for example `--epochs 60 --gamma 0.2`. The same command continues after an interruption and skips what is done, and runs
+with other settings may be added to the same --out; its results.md has the tables of them all.
 """
 
+import argparse
 import itertools
 import os
 import shlex
@@ -30,9 +31,9 @@ import train
 from scripts.experiments import collect_results
 from sogclr import InputError
 from sogclr.flags import DATA_SETS, Parser, number
+from sogclr.launch import STOPPED
 
 ROOT, CORES = Path(train.__file__).resolve().parent, len(os.sched_getaffinity(0))
-STOPPED = 75        # exit code of a run that a signal has stopped and that is saved
 
 
 class Preset(NamedTuple):
@@ -41,6 +42,7 @@ class Preset(NamedTuple):
     flags: str
     batch_sizes: tuple
     protocols: tuple            # flags of lincls.py for each
+    losses: tuple = ("cl", "dcl")
     variants: tuple = ()
     seeds: tuple = (1, 2, 3)
     images: tuple = ()          # how many training and validation images to take, (): all
@@ -58,21 +60,33 @@ PRESETS = {
     "cpu": CPU,
     "gamma": CPU._replace(batch_sizes=(16,), variants=(
         "--gamma 1", "--gamma 0.2", "--t 0.05", "--t 0.05 --gamma 1", "--t 0.05 --gamma 0.2")),
-    "search": Preset(f"{SMALL} --epochs 10 --lr 0.15 --t 0.2", (64,), QUICK, (
+    "search": Preset(f"{SMALL} --epochs 10 --lr 0.15 --t 0.2", (64,), QUICK, variants=(
         "--t 0.1", "--t 0.4", "--lr 0.3", "--lr 0.075", "--lr 0.0375", "--t 0.1 --lr 0.075", "--t 0.07 --lr 0.075",
         "--t 0.05 --lr 0.075", "--crop-min 0.08", "--wd 1e-4", "--gamma 0.5", "--gamma 0.2"),
         seeds=(1,), images=(5000, 5000), held_out=True)}
 
 
+# What this script decides itself, and what to do instead.
+OWN = {"loss_type": "use --losses", "batch_size": "use --batch-sizes", "seed": "use --seeds", "save_dir": "use --out",
+       "dry_run": "use --plan", "resume": "leave it out", "start_epoch": "leave it out"}
+
+
+def option(name):
+    """The flag of train.py and lincls.py that sets args.<name>."""
+    return next(action.option_strings[-1] for action in train.PARSER._actions if action.dest == name)
+
+
 def parse():
     """This script's flags, those that are not given from the preset, and the flags for train.py."""
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("preset", choices=PRESETS, help="which study; all that follows defaults to its settings")
-    parser.add_argument("--losses", nargs="+", default=("cl", "dcl"), choices=("cl", "dcl"), help="SimCLR, SogCLR")
-    parser.add_argument("--batch-sizes", nargs="+", type=number(int, "[2, inf)"), metavar="N")
-    parser.add_argument("--seeds", nargs="+", type=number(int, "[0, inf)"), metavar="N")
+    parser.add_argument("preset", choices=PRESETS, help="which study")
+    parser.add_argument("--losses", nargs="+", choices=("cl", "dcl"), help="SimCLR, SogCLR (default: both)")
+    parser.add_argument("--batch-sizes", nargs="+", type=number(int, "[2, inf)"), metavar="N",
+                        help="batch sizes to compare (default: the preset's)")
+    parser.add_argument("--seeds", nargs="+", type=number(int, "[0, inf)"), metavar="N",
+                        help="seeds, each of which is a run (default: the preset's)")
     parser.add_argument("--images", nargs=2, type=number(int, "[1, inf)"), metavar=("TRAIN", "VAL"),
-                        help="take so many images of each split")
+                        help="number of training and validation images to use (default: the preset's)")
     parser.add_argument("--data_name", default="cifar10", choices=DATA_SETS, help="data set")
     parser.add_argument("--data", metavar="DIR", help="its folder (default: data/<data_name>)")
     parser.add_argument("--out", type=os.path.abspath, metavar="DIR",
@@ -84,11 +98,11 @@ def parse():
         setattr(args, name, getattr(args, name, None) or value)
     args.out = Path(args.out or ROOT / "saved_models" / f"batch_size_{args.preset}")
     args.data = os.path.abspath(args.data or ROOT / "data" / args.data_name)
-    given = train.PARSER.parse_args(extra)
-    for name, flag in (("loss_type", "--losses"), ("batch_size", "--batch-sizes"), ("seed", "--seeds"),
-                       ("save_dir", "--out")):
-        if getattr(given, name) != train.PARSER.get_default(name):
-            parser.error(f"--{name.replace('_', '-')}: set by this script, give {flag}")
+    unset = argparse.Namespace(**dict.fromkeys(OWN))
+    given = train.PARSER.parse_args(extra, unset)
+    for name, hint in OWN.items():
+        if getattr(given, name) is not None:
+            parser.error(f"{option(name)}: set by this script, {hint}")
     return parser, args, extra
 
 
@@ -121,9 +135,9 @@ def plan(args, extra, data):
         runs[folder.name] = [(["train.py", *flags], folder / "results.json")]
         for protocol in args.protocols:
             flags = [*common, "--pretrained", folder / "checkpoint_last.pth.tar", "--seed", seed]
-            for name in ("arch", "image_size", "stem", "workers", "precision"):
+            for name in ("arch", "image_size", "stem", "workers", "bad_images", "precision", "gpu"):
                 if getattr(settings, name) is not None:
-                    flags += [f"--{name.replace('_', '-')}", getattr(settings, name)]
+                    flags += [option(name), getattr(settings, name)]
             flags = [*map(str, flags), *protocol.split()]
             runs[folder.name].append((["lincls.py", *flags], lincls.run_folder(lincls.PARSER.parse_args(flags))
                                       / "results.json"))
@@ -131,17 +145,18 @@ def plan(args, extra, data):
 
 
 def run_all(runs, out, jobs):
-    """Run them, each with a log, some at a time. After a failure no more start; a signal goes to those that run.
-    Returns the exit code: the first that is not 0.
+    """Run them, `jobs` at a time, each with a log. After a failure or a signal, which the running ones get too, no more
+    start. Returns the exit code: the first that is not 0.
     """
-    codes, processes, begun = [], set(), itertools.count(1)
+    codes, signals, processes, begun = [], [], set(), itertools.count(1)
     todo = sum(not result.exists() for steps in runs.values() for _, result in steps)
     env = {"OMP_NUM_THREADS": str(max(CORES // jobs, 1))} | os.environ
 
-    def stop(number, frame):
+    def stop(signal_number, frame):
         codes.append(STOPPED)
+        signals.append(signal_number)
         for process in list(processes):
-            process.send_signal(number)
+            process.send_signal(signal_number)
 
     def do(name):
         for command, result in runs[name]:
@@ -151,15 +166,18 @@ def run_all(runs, out, jobs):
             with open(out / f"{name}.log", "a+") as log:
                 process = subprocess.Popen(python(command), cwd=ROOT, env=env, stdout=log, stderr=log)
                 processes.add(process)
-                if process.wait():
-                    codes.append(process.returncode)
+                if signals:         # since the look at codes
+                    process.send_signal(signals[0])
+                code = process.wait()
+                processes.remove(process)
+                if code:
+                    codes.append(code if code > 0 else 128 - code)      # as a shell does: -9 is 137
                     log.seek(0)
                     last_line = log.read().strip().rpartition("\n")[2]
-                    print(f"=> code {process.returncode}, {log.name}: {last_line}", file=sys.stderr)
-                processes.remove(process)
+                    print(f"=> code {codes[-1]}, {log.name}: {last_line}", file=sys.stderr)
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signal_number, stop)
     with ThreadPoolExecutor(jobs) as threads:
         list(threads.map(do, runs))
     return codes[0] if codes else 0
@@ -179,17 +197,19 @@ def main():
         return
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        if make_images and not make_images[1].exists() and (code := subprocess.call(python(make_images), cwd=ROOT)):
-            sys.exit(code)
-        if code := run_all(runs, args.out, args.jobs):
-            print(f"=> stopped with code {code}, the same command continues", file=sys.stderr)
-            sys.exit(code)
+    except OSError as error:
+        parser.error(f"--out {args.out}: cannot be made: {error.strerror}")
+    code = run_all({make_images[1].name: [(make_images, make_images[1])]}, args.out, 1) if make_images else 0
+    code = code or run_all(runs, args.out, args.jobs)
+    if code == STOPPED:
+        print("=> stopped; the same command continues", file=sys.stderr)
+    if code:
+        sys.exit(code)
+    try:
         report = collect_results.report(args.out)
-        (args.out / "results.md").write_text(report + "\n")
     except InputError as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.error(f"--out {args.out}: cannot be written: {error.strerror}")
+    (args.out / "results.md").write_text(report + "\n")
     print(report)
 
 

@@ -194,7 +194,7 @@ def table(args, network):
                                                   for size in args.batch_sizes])
         scores = (torch.stack([log_mean_score(batch, t) for batch in ours.split(size)]).sub_(log_mean_score(ours, t))
                   .exp_().mean() for ours, size in zip(by_batch, args.batch_sizes, strict=True))
-        yield row("g among a BatchNorm batch", t, "", [f"{score:.2f}" for score in scores])
+        yield row("g within a batch / among all", t, "", [f"{score:.2f}" for score in scores])
     yield ""
     yield (f"{N} images, {args.visits} visits, {args.passes} passes; standard errors of the angles: at most "
            f"{max(errors):.2f}°")

@@ -67,7 +67,7 @@ def compare(variants, repeats, pairs, ratios):
 
 
 def on_the_gpu(function):
-    """Return a call's number of kernels and copies, their time, and its peak memory on top of what was there before."""
+    """Return a call's number of kernels and copies, their time, and its peak memory on top of weights and gradients."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.profiler.profile(acc_events=True) as record:
@@ -212,6 +212,7 @@ def benchmark_step(args):
         row["pairs/s"] = None if row["what"] in parts else row["pairs/s"]       # a part alone trains on no pairs
         if DEVICE.type == "cuda":
             row |= on_the_gpu(variants[row["what"]])
+            row["peak MiB"] = None if "graph" in row["what"] else row["peak MiB"]       # its memory is there already
     return rows
 
 
@@ -221,8 +222,7 @@ def benchmark_train(args):
     training, plain = Training(args, data), PlainTraining(args, data)
     loader, plain_loader = (new_loader(data, args.batch_size, args.workers, DEVICE, pil) for pil in (False, True))
     steps, workers = len(loader), workers_per_rank(args.workers)
-    # While the first batch is awaited, every worker prepares one, so these come faster than later ones.
-    skip = min(max(workers, 1), steps // 2)
+    skip = min(max(workers, 1), steps // 2)     # every worker prepares one while the first is awaited
     variants = {FLOOR: lambda: timed(training.floor, [()] * steps, skip),
                 "full step": lambda: timed(training.full_step, [()] * steps, skip),
                 "full step and loader": lambda: timed(training.step, loader.epoch(0), skip),
@@ -298,22 +298,22 @@ def main():
     flag("--image-size", default=224 if gpu else 64, type=number(int, "[8, inf)"), metavar="PIXELS", help="of crops")
     flag("-b", "--batch-size", default=256 if gpu else 64, type=number(int, "[2, inf)"), metavar="N", help="in images")
     flag("--precision", choices=("bf16", "fp16", "fp32"), help="of the encoder (default: this device's)")
-    flag("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N", help="for train: at most one a core")
+    flag("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N", help="for train; at most the cores")
     args = parser.parse_args()
     # The scaler of fp16 waits for the device, which a graph cannot.
     if args.cuda_graph and not (args.mode == "step" and gpu and resolve_precision(args.precision, DEVICE)[0] != "fp16"):
         parser.error("--cuda-graph: needs step, a GPU and --precision bf16 or fp32, leave it out otherwise")
 
     torch.backends.cudnn.benchmark = True       # as train.py without --seed
-    environment = environment_info(DEVICE)
-    print(f"{args.mode} on {environment['device']}, {environment['threads']} CPU threads, torch {torch.__version__}")
+    machine = environment_info(DEVICE)
+    print(f"{args.mode} on {machine['device']}, {machine['threads']} CPU threads, torch {torch.__version__}")
     try:
         rows = modes[args.mode](args)
     except InputError as error:
         parser.error(str(error))
     table(rows)
     if args.json:
-        args.json.write_text(json.dumps({"mode": args.mode, **environment, "rows": rows}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"mode": args.mode, **machine, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

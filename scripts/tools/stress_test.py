@@ -132,7 +132,7 @@ def main():
     counts = ", ".join(f"{moments.count(moment)} {moment}" for moment in ("starting", "between saves", "saving"))
     equal = same(*results)
     print(f"{len(moments)} kills ({counts}), survivors ended after at most {max(seconds, default=0):.1f} s: the result "
-          + ("is bit-equal to the undisturbed run's" if equal else "is NOT that of the undisturbed run"))
+          + ("is bit-identical to the undisturbed run's" if equal else "is NOT that of the undisturbed run"))
     sys.exit(0 if equal and len(moments) == args.kills else 1)
 
 
