@@ -179,7 +179,7 @@ class Evaluation:
             + f", run folder {run.folder}" * (not args.evaluate))
         trained_at = (self.pretraining["encoder"] or {}).get("image_size", image_size)
         if trained_at != image_size:
-            log(f"=> note: the encoder was pretrained at {trained_at} pixels, to match pass --image-size {trained_at}")
+            log(f"=> note: the encoder was pretrained at {trained_at} pixels; to match, pass --image-size {trained_at}")
 
     @torch.inference_mode()
     def encode(self, images):

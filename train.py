@@ -330,9 +330,9 @@ def dry_run_report(args, progress, state, device):
     duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     kept = 2 + sum(checkpoint_is_kept(args, epoch) for epoch in range(args.epochs))      # 2: _last and _previous
     disk = kept * checkpoint.size(state.saved()) / 2**30
-    return (f"=> {args.epochs} epochs will take about {duration} ({progress.images_per_second:.0f} images/s, "
-            f"{progress.waiting}), memory {memory}, and {disk:.1f} GiB in {args.save_dir} for {kept} checkpoints; "
-            "dry run: nothing was written")
+    return (f"=> {args.epochs} epoch{'s' * (args.epochs > 1)} will take about {duration} "
+            f"({progress.images_per_second:.0f} images/s, {progress.waiting}), memory {memory}, and {disk:.1f} GiB in "
+            f"{args.save_dir} for {kept} checkpoints; dry run: nothing was written")
 
 
 PARSER = build_parser()

@@ -51,7 +51,11 @@ def open_data_set(name, folder, split, image_size=None, labels=True):
         images = _cifar(name, folder, split)
     else:
         images = _image_folder(name, folder, split, labels)
-    return ImageSet(images, image_size or (32 if name in MEAN_STD else 224), *MEAN_STD.get(name, IMAGENET_MEAN_STD))
+    return ImageSet(images, image_size or default_image_size(name), *MEAN_STD.get(name, IMAGENET_MEAN_STD))
+
+
+def default_image_size(name):
+    return 32 if name in MEAN_STD else 224
 
 
 def open_train_and_val(name, folder, image_size=None, train=None):

@@ -9,6 +9,7 @@ import torch
 import torchvision
 
 from sogclr import InputError
+from sogclr.datasets import default_image_size
 
 ARCHITECTURES = torchvision.models.list_models(
     module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
@@ -182,8 +183,9 @@ def data_label(args):
 
 def non_defaults(parser, args, names):
     """The named settings that differ from their defaults, for a run folder's name: `_seed_1_crop_min_0.2`."""
+    defaults = {name: parser.get_default(name) for name in names} | {"image_size": default_image_size(args.data_name)}
     return "".join(f"_{name}_{getattr(args, name)}" for name in names
-                   if getattr(args, name) not in (parser.get_default(name), None))
+                   if getattr(args, name) not in (defaults[name], None))
 
 
 def resolve_precision(precision, device):

@@ -13,7 +13,8 @@ from scripts.experiments import batch_size
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "scripts/README.md", "scripts/experiments/README.md"]
 # Of docker, torchrun, sbatch and pip.
-FOREIGN = {"--gpus", "--shm-size", "--ipc", "--network", "--device", "--max-restarts", "--nodes", "--index-url"}
+FOREIGN = {"--gpus", "--shm-size", "--ipc", "--network", "--device", "--nnodes", "--nproc-per-node", "--rdzv-backend",
+           "--rdzv-endpoint", "--max-restarts", "--nodes", "--index-url"}
 
 
 def anchors(file):

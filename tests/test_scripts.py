@@ -229,6 +229,9 @@ def test_same_command_finds_its_run(imagenet, tmp_path):
     assert not any("starting a new one" in line for line in other)
     other = call(train, *command, "--resume", "auto", "--t", 0.2)
     assert any(line.endswith(f"starting a new one ({tmp_path} has 1 with other settings)") for line in other)
+    names = {train.run_name(train.PARSER.parse_args(["--data_name", "shapes", *flags]))
+             for flags in ([], ["--image-size", "32"], ["--image-size", "224"])}
+    assert len(names) == 2          # 32 is what shapes has anyway
     refused = run("train.py", *command, ok=False)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "--resume auto" in refused.stderr
@@ -472,7 +475,7 @@ def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_pat
     results = json.loads(results.read_text())
     assert results["encoder"] == made["settings"]
     assert 0 < results["pretraining_seconds"] <= made["seconds"] + 0.1
-    assert "=> note: the encoder was pretrained at 32 pixels, to match pass --image-size 32" in \
+    assert "=> note: the encoder was pretrained at 32 pixels; to match, pass --image-size 32" in \
         call(lincls, *command, "--image-size", 40)
 
 

@@ -192,8 +192,9 @@ def main():
     data, make_images = part_of(args)
     runs = plan(args, extra, data)
     if args.plan:
-        commands = [command for steps in runs.values() for command, _ in steps]
-        print(*(shlex.join(map(str, command)) for command in [make_images, *commands] if command), sep="\n")
+        for command in [make_images, *(command for steps in runs.values() for command, _ in steps)]:
+            if command:
+                print(shlex.join(["python", *map(str, command)]))
         return
     try:
         args.out.mkdir(parents=True, exist_ok=True)
