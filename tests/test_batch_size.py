@@ -115,7 +115,7 @@ def test_stopped_study_continues_and_then_has_nothing_to_do(imagenet, tmp_path, 
     assert second.returncode == 0, output + errors
     logs = [log.read_text() for log in tmp_path.glob("*clr*.log")]
     assert [log.count("=> done: ") for log in logs] == [1, 1]
-    assert any(f"epochs {epoch} to 19" in log for log in logs for epoch in range(1, 20))
+    assert any("=> resumed " in log for log in logs)
     table = (tmp_path / "results.md").read_text()
     assert table in output
     for row in ("| SimCLR | 4 |", "| SogCLR | 4 |", "| SogCLR - SimCLR | 4 |"):
