@@ -55,6 +55,7 @@ def open_data_set(name, folder, split, image_size=None, labels=True):
 
 
 def default_image_size(name):
+    """The crop size, in pixels, of the data set called `name` if `--image-size` is left out."""
     return 32 if name in MEAN_STD else 224
 
 

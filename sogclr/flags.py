@@ -37,6 +37,11 @@ class Parser(argparse.ArgumentParser):
             message += f" (pass the data set's folder as --data {rest})"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def flag(self, name):
+        """The flag that sets `args.<name>`, in its first long form."""
+        return next(option for action in self._actions if action.dest == name
+                    for option in action.option_strings if option.startswith("--"))
+
     def require_same(self, made_with, now, source):
         """Raise InputError if a setting differs from that in a checkpoint, naming the flag and both values.
 
@@ -46,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             before, value = made_with.get(action.dest), now.get(action.dest)
             if before != value and action.dest in made_with and action.dest in now:
-                flag = next(name for name in action.option_strings if name.startswith("--"))
+                flag = self.flag(action.dest)
                 before, value = (" ".join(map(str, given)) if isinstance(given, list) else given
                                  for given in (before, value))
                 hint = f"leave {flag} out" if before == action.default else f"pass {flag} {before}"

@@ -339,5 +339,9 @@ def _end_with_the_rank(rank_process):
 
 def workers_per_rank(workers):
     """This rank's part of this machine's `--workers`: at least one if not 0, and no more than cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(1, workers) and max(1, min(workers, cores) // ranks_here())
+    return min(1, workers) and max(1, min(workers, available_cores()) // ranks_here())
+
+
+def available_cores():
+    """How many of this machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

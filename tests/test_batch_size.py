@@ -11,14 +11,14 @@ import pytest
 import train
 from scripts.experiments import batch_size
 
-# Of the real runs: two at a time, of 2 steps an epoch.
+# Flags of the real runs: two at a time, 2 steps per epoch.
 TINY = ["cpu", "--data_name", "folder", "--images", "9", "9", "--batch-sizes", "4", "--seeds", "1", "--jobs", "2",
         "--epochs", "20", "--warmup-epochs", "0", "--mlp-dim", "16", "--dim", "8", "--precision", "fp32",
         "--image-size", "16", "--save-minutes", "0.001"]
 
 
 def planned(monkeypatch, *flags):
-    """[the settings of each run of train.py], and the command that makes the images."""
+    """The settings of all runs of train.py, and the command that makes the images."""
     monkeypatch.setattr("sys.argv", ["batch_size.py", *flags])
     _, args, extra = batch_size.parse()
     data, make_images = batch_size.part_of(args)
@@ -36,7 +36,7 @@ def test_each_loss_batch_size_and_seed_is_trained_once(monkeypatch):
 
 
 def test_gamma_is_tried_at_each_temperature_and_simclr_once(monkeypatch):
-    """SimCLR has no gamma, also where the command gives one: the same run must serve all."""
+    """SimCLR has no gamma, even if the command sets one: the same run must serve all."""
     runs, _ = planned(monkeypatch, "gamma", "--seeds", "1")
     assert sorted((run.loss_type, run.t, run.gamma, run.batch_size) for run in runs) == [
         ("cl", 0.05, 0.9, 16), ("cl", 0.1, 0.9, 16),
@@ -46,7 +46,7 @@ def test_gamma_is_tried_at_each_temperature_and_simclr_once(monkeypatch):
 
 
 def test_search_never_sees_validation_images(monkeypatch):
-    """Its images must come from the training split, and each change be tried once for each loss that knows it."""
+    """Its images must come from the training split, and each change be tried once for each loss that uses it."""
     runs, make_images = planned(monkeypatch, "search", "--images", "40000", "10000")
     assert "--held-out" in make_images
     assert make_images[make_images.index("--train") + 1] == 40000

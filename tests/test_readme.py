@@ -11,13 +11,13 @@ import train
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "scripts/README.md", "scripts/experiments/README.md"]
-# Of docker, torchrun, sbatch and pip.
+# Flags of docker, torchrun, sbatch and pip.
 FOREIGN = {"--gpus", "--shm-size", "--ipc", "--network", "--device", "--nnodes", "--nproc-per-node", "--rdzv-backend",
            "--rdzv-endpoint", "--max-restarts", "--nodes", "--index-url"}
 
 
 def anchors(file):
-    """What GitHub makes of a file's headings."""
+    """The anchors that GitHub generates for a file's headings."""
     headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

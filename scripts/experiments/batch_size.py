@@ -32,8 +32,9 @@ from scripts.experiments import collect_results
 from sogclr import InputError
 from sogclr.flags import DATA_SETS, Parser, number
 from sogclr.launch import STOPPED
+from sogclr.loader import available_cores
 
-ROOT, CORES = Path(train.__file__).resolve().parent, len(os.sched_getaffinity(0))
+ROOT, CORES = Path(train.__file__).resolve().parent, available_cores()
 
 
 class Preset(NamedTuple):
@@ -65,22 +66,16 @@ PRESETS = {
         "--t 0.05 --lr 0.075", "--crop-min 0.08", "--wd 1e-4", "--gamma 0.5", "--gamma 0.2"),
         seeds=(1,), images=(5000, 5000), held_out=True)}
 
-
 # What this script decides itself, and what to do instead.
 OWN = {"loss_type": "use --losses", "batch_size": "use --batch-sizes", "seed": "use --seeds", "save_dir": "use --out",
        "dry_run": "use --plan", "resume": "leave it out", "start_epoch": "leave it out"}
-
-
-def option(name):
-    """The flag of train.py and lincls.py that sets args.<name>."""
-    return next(action.option_strings[-1] for action in train.PARSER._actions if action.dest == name)
 
 
 def parse():
     """This script's flags, those that are not given from the preset, and the flags for train.py."""
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("preset", choices=PRESETS, help="which study")
-    parser.add_argument("--losses", nargs="+", choices=("cl", "dcl"), help="SimCLR, SogCLR (default: both)")
+    parser.add_argument("--losses", nargs="+", choices=CPU.losses, help="SimCLR, SogCLR (default: both)")
     parser.add_argument("--batch-sizes", nargs="+", type=number(int, "[2, inf)"), metavar="N",
                         help="batch sizes to compare (default: the preset's)")
     parser.add_argument("--seeds", nargs="+", type=number(int, "[0, inf)"), metavar="N",
@@ -98,11 +93,10 @@ def parse():
         setattr(args, name, getattr(args, name, None) or value)
     args.out = Path(args.out or ROOT / "saved_models" / f"batch_size_{args.preset}")
     args.data = os.path.abspath(args.data or ROOT / "data" / args.data_name)
-    unset = argparse.Namespace(**dict.fromkeys(OWN))
-    given = train.PARSER.parse_args(extra, unset)
+    given = train.PARSER.parse_args(extra, argparse.Namespace(**dict.fromkeys(OWN)))     # None instead of the defaults
     for name, hint in OWN.items():
         if getattr(given, name) is not None:
-            parser.error(f"{option(name)}: set by this script, {hint}")
+            parser.error(f"{train.PARSER.flag(name)}: set by this script, {hint}")
     return parser, args, extra
 
 
@@ -111,7 +105,7 @@ def part_of(args):
     if not args.images:
         return ["--data_name", args.data_name, "--data", args.data], None
     source = args.data_name
-    if source == "folder":      # of which one --out may serve several
+    if source == "folder":      # one --out may serve several folders
         source = f"{Path(args.data).name}_{zlib.crc32(args.data.encode()):08x}"
     folder = args.out / "_".join(["images", source, *map(str, args.images), *["held_out"] * args.held_out])
     return ["--data_name", "folder", "--data", folder], [
@@ -137,7 +131,7 @@ def plan(args, extra, data):
             flags = [*common, "--pretrained", folder / "checkpoint_last.pth.tar", "--seed", seed]
             for name in ("arch", "image_size", "stem", "workers", "bad_images", "precision", "gpu"):
                 if getattr(settings, name) is not None:
-                    flags += [option(name), getattr(settings, name)]
+                    flags += [train.PARSER.flag(name), getattr(settings, name)]
             flags = [*map(str, flags), *protocol.split()]
             runs[folder.name].append((["lincls.py", *flags], lincls.run_folder(lincls.PARSER.parse_args(flags))
                                       / "results.json"))
@@ -166,7 +160,7 @@ def run_all(runs, out, jobs):
             with open(out / f"{name}.log", "a+") as log:
                 process = subprocess.Popen(python(command), cwd=ROOT, env=env, stdout=log, stderr=log)
                 processes.add(process)
-                if signals:         # since the look at codes
+                if signals:         # one that arrived after the check of codes
                     process.send_signal(signals[0])
                 code = process.wait()
                 processes.remove(process)
@@ -207,7 +201,7 @@ def main():
     if code:
         sys.exit(code)
     try:
-        report = collect_results.report(args.out)
+        report = collect_results.report(*collect_results.read(args.out))
     except InputError as error:
         parser.error(str(error))
     (args.out / "results.md").write_text(report + "\n")

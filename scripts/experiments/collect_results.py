@@ -130,9 +130,8 @@ def markdown(names, table):
     return "\n".join(lines)
 
 
-def report(folder):
-    """Both tables of all evaluations under a folder, and what made them. Raises InputError as `read` does."""
-    names, table, made_by = read(folder)
+def report(names, table, made_by):
+    """What `read` returns as text: the table, that of the differences if there are any, and what made them."""
     pairs = differences(names, table)
     return "\n\n".join([markdown(names, table), *([markdown(names, pairs)] if pairs else []), *(
         f"Evaluated at commit {commit}, on {device}, torch {version}." for commit, device, version in sorted(made_by))])
@@ -184,10 +183,10 @@ def main():
                         help="also plot the classic linear protocol, or else another, to this file")
     args = parser.parse_args()
     try:
-        names, table, _ = read(args.folder)
-        print(report(args.folder))
+        names, table, made_by = read(args.folder)
     except InputError as error:
         parser.error(str(error))
+    print(report(names, table, made_by))
     if args.png and len(names) > 2:
         parser.error(f"--png: plots runs that differ in loss, batch size and seed, not in {', '.join(names[2:])}")
     if args.png:
