@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import torchvision
 
 from sogclr import InputError, one_line
@@ -17,7 +18,27 @@ def resnet(arch, stem="imagenet", **kwargs):
         encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
         encoder.maxpool = nn.Identity()
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.groups == 1:
+            module.__class__ = Conv3x3
     return encoder
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution with padding 1. On a CPU, one whose output has a single pixel is computed as a matrix product
+    with those of its weights that meet the image and not only the padding.
+
+    This is the last layer at up to 32 pixels with the imagenet stem. It halves the time of ResNet-18's training step on
+    CPUs without AVX-512, where torch's convolution is slow there.
+    """
+
+    def forward(self, x):
+        """[B, C, H, W] -> [B, out_channels, H / stride, W / stride], rounded up"""
+        height, width = x.shape[-2:]
+        if not x.is_cpu or max(height, width) > self.stride[0]:
+            return super().forward(x)
+        weight = F.pad(self.weight, (-1, width - 2, -1, height - 2))        # [out_channels, C, H, W]: cropped
+        return F.linear(x.flatten(1), weight.flatten(1))[..., None, None]
 
 
 def choose_stem(stem, image_size):

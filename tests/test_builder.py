@@ -39,6 +39,22 @@ def test_cifar_stem_keeps_the_resolution():
     assert resnet("resnet18").conv1.kernel_size == (7, 7)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (16, 32), (8, 8), (40, 40)])
+def test_small_maps_change_nothing(size):
+    """Convolutions to a single pixel must have torchvision's outputs and gradients."""
+    torch.manual_seed(0)
+    ours, theirs = resnet("resnet18").double(), torchvision.models.resnet18().double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 3, *size, dtype=torch.float64)
+    out, expected = ours(x), theirs(x)
+    assert torch.allclose(out, expected, rtol=0, atol=1e-12)
+    weight = torch.randn_like(out)
+    grads = [torch.autograd.grad((y * weight).sum(), model.parameters())
+             for y, model in ((out, ours), (expected, theirs))]
+    for (name, _), a, b in zip(ours.named_parameters(), *grads, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12 * float(b.abs().max())), name
+
+
 # Other people's files, as they are on disk: (prefix of the names, what else is in the file)
 FOREIGN = {
     "train.py": ("module.base_encoder.", {"module.base_encoder.fc.0.weight": torch.zeros(32, 512)}),
