@@ -34,39 +34,50 @@ class Shapes:
 
 
 def draw(labels, rng):
-    """labels [N] -> images [N, SIZE, SIZE, 3] uint8. Coordinates run from -1 to 1 over the image."""
+    """labels [N] -> images [N, SIZE, SIZE, 3] uint8."""
     n = len(labels)
-    figure, texture = labels // len(TEXTURES), labels % len(TEXTURES)
 
     def uniform(low, high, *shape):
         return rng.uniform(low, high, (n, *shape)).astype(np.float32)
 
-    axis = ((np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE) * 2 - 1
-    y, x = np.meshgrid(axis, axis, indexing="ij")                       # [SIZE, SIZE]
-
-    # The figure's own coordinates: shifted, rotated and scaled, so that it extends to about 1.
-    angle = uniform(0, 2 * np.pi, 1, 1)
-    radius = uniform(0.45, 0.75, 1, 1)
-    dx, dy = x - uniform(-0.25, 0.25, 1, 1), y - uniform(-0.25, 0.25, 1, 1)
-    u = (np.cos(angle) * dx + np.sin(angle) * dy) / radius              # [N, SIZE, SIZE]
-    v = (np.cos(angle) * dy - np.sin(angle) * dx) / radius
-    distance = np.choose(figure[:, None, None], _distances(u, v))       # negative inside
-    pixel = 2 / SIZE / radius
-    inside = np.clip(0.5 - distance / pixel, 0, 1)[..., None]
-
+    angle, radius = uniform(0, 2 * np.pi, 1, 1), uniform(0.45, 0.75, 1, 1)
+    shift_x, shift_y = uniform(-0.25, 0.25, 1, 1), uniform(-0.25, 0.25, 1, 1)
     # Two colors for the figure and two for the background, of any hue, well separated in brightness.
     colors = uniform(0, 1, 4, 3)
     light = uniform(0, 0.35, 4, 1)
     figure_is_light = rng.random((n, 1, 1)) < 0.5
     bright = np.concatenate([np.repeat(figure_is_light, 2, 1), np.repeat(~figure_is_light, 2, 1)], axis=1)
     colors = np.where(bright, 1 - 0.45 * colors, 0.45 * colors) * (1 - 0.3 * light)
+    stripes = uniform(0, np.pi, 1, 1), uniform(7, 9, 1, 1)                                      # angle, frequency
+    slope = uniform(0, 2 * np.pi, 1, 1), uniform(0.5, 2.5, 1, 1), uniform(0, 2 * np.pi, 1, 1)   # and phase
 
-    stripes = np.where(texture[:, None, None] == 1, _stripes(u, v, uniform(0, np.pi, 1, 1), uniform(7, 9, 1, 1)), 0)
+    random = labels, angle, radius, shift_x, shift_y, colors, *stripes, *slope
+    images = np.empty((n, SIZE, SIZE, 3), np.uint8)
+    for start in range(0, n, 50):       # few at a time, so that they stay in the processor's cache
+        part = slice(start, start + 50)
+        image = _paint(*(values[part] for values in random)) + rng.normal(0, 0.03, images[part].shape)
+        images[part] = np.clip(image, 0, 1) * 255
+    return images
+
+
+def _paint(labels, angle, radius, shift_x, shift_y, colors, stripes_angle, stripes_frequency, *slope):
+    """Images without noise in [0, 1], from random parameters. Coordinates run from -1 to 1 over the image."""
+    figure, texture = labels // len(TEXTURES), labels % len(TEXTURES)
+    axis = ((np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE) * 2 - 1
+    y, x = np.meshgrid(axis, axis, indexing="ij")                       # [SIZE, SIZE]
+
+    # The figure's own coordinates: shifted, rotated and scaled, so that it extends to about 1.
+    dx, dy = x - shift_x, y - shift_y
+    u = (np.cos(angle) * dx + np.sin(angle) * dy) / radius              # [N, SIZE, SIZE]
+    v = (np.cos(angle) * dy - np.sin(angle) * dx) / radius
+    distance = np.choose(figure[:, None, None], _distances(u, v))       # negative inside
+    pixel = 2 / SIZE / radius
+    inside = np.clip(0.5 - distance / pixel, 0, 1)[..., None]
+
+    stripes = np.where(texture[:, None, None] == 1, _stripes(u, v, stripes_angle, stripes_frequency), 0)
     front = _mix(colors[:, 0], colors[:, 1] * 0.3 + 0.7 * (1 - colors[:, 0]), stripes)
-    slope = _stripes(x, y, uniform(0, 2 * np.pi, 1, 1), uniform(0.5, 2.5, 1, 1), uniform(0, 2 * np.pi, 1, 1))
-    back = _mix(colors[:, 2], colors[:, 3], slope)
-    image = inside * front + (1 - inside) * back + rng.normal(0, 0.03, (n, SIZE, SIZE, 3))
-    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+    back = _mix(colors[:, 2], colors[:, 3], _stripes(x, y, *slope))
+    return inside * front + (1 - inside) * back
 
 
 def _distances(u, v):
