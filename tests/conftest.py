@@ -1,9 +1,34 @@
-"""Real image files for the tests, in ImageNet's layout."""
+"""What all tests share: real image files in ImageNet's layout, a checkpoint, and an end for every process."""
 
-import numpy as np
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from PIL import Image
+from helpers import CLASSES, TINY, call, write_image
+
+import train
+
+# Ends what the tests have started as soon as they have ended themselves, however: then its input is closed.
+CLEAN_UP = """
+import os, signal, sys
+sys.stdin.read()
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            if sys.argv[1].encode() in file.read().split(b"\\0") and int(pid) != os.getpid():
+                os.kill(int(pid), signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+def pytest_configure(config):
+    if "SOGCLR_TESTS" not in os.environ:        # not in a worker of pytest-xdist
+        os.environ["SOGCLR_TESTS"] = str(os.getpid())
+        config.clean_up = subprocess.Popen([sys.executable, "-I", "-c", CLEAN_UP, f"SOGCLR_TESTS={os.getpid()}"],
+                                           stdin=subprocess.PIPE, start_new_session=True)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -12,15 +37,13 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-CLASSES = ("n01440764", "n01443537", "n01484850")
-
-
-def write_image(path, seed, size=(48, 40)):
-    """A JPEG of smooth random colors."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    small.resize(size, Image.Resampling.BICUBIC).save(path, "JPEG", quality=90)
+@pytest.fixture(scope="module")
+def no_gpu():
+    """The same tests on every machine; those that need a GPU are in test_gpu.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +55,10 @@ def imagenet(tmp_path_factory):
             for k in range(count):
                 write_image(folder / split / name / f"{name}_{k}.JPEG", seed=100 * label + k + 50 * (split == "val"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(imagenet, no_gpu, tmp_path_factory):
+    """The output and the save folder of two epochs of train.py."""
+    folder = tmp_path_factory.mktemp("saved")
+    return call(train, "--data", imagenet, *TINY, "--epochs", 2, "--seed", 5, "--save_dir", folder), folder

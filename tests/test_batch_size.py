@@ -1,20 +1,19 @@
 """The batch-size study: its plan, and the real scripts at tiny size."""
 
-import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
+from helpers import PYTHON, TIMEOUT_SECONDS, Process
 
 import train
 from scripts.experiments import batch_size
 
 # Flags of the real runs: two at a time, 2 steps per epoch.
 TINY = ["cpu", "--data_name", "folder", "--images", "9", "9", "--batch-sizes", "4", "--seeds", "1", "--jobs", "2",
-        "--epochs", "20", "--warmup-epochs", "0", "--mlp-dim", "16", "--dim", "8", "--precision", "fp32",
-        "--image-size", "16", "--save-minutes", "0.001"]
+        "--epochs", "10", "--warmup-epochs", "0", "--mlp-dim", "16", "--dim", "8", "--precision", "fp32",
+        "--image-size", "16"]
 
 
 def planned(monkeypatch, *flags):
@@ -80,9 +79,9 @@ def test_failure_starts_no_more_and_shows_its_last_line(tmp_path, monkeypatch, c
 def test_jobs_run_side_by_side(tmp_path, monkeypatch):
     """Each of two runs waits for the other, so that both end only if both run."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    wait = """import pathlib, sys, time
+    wait = f"""import pathlib, sys, time
 pathlib.Path(sys.argv[1]).touch()
-end = time.monotonic() + 60
+end = time.monotonic() + {TIMEOUT_SECONDS}
 while not pathlib.Path(sys.argv[2]).exists():
     if time.monotonic() > end:
         sys.exit(1)
@@ -91,39 +90,35 @@ while not pathlib.Path(sys.argv[2]).exists():
     assert batch_size.run_all({"a": [(["-c", wait, a, b], a)], "b": [(["-c", wait, b, a], b)]}, tmp_path, jobs=2) == 0
 
 
-def study(imagenet, out):
-    return subprocess.Popen([sys.executable, batch_size.__file__, *TINY, "--data", imagenet, "--out", out],
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-
-
+@pytest.mark.slow
 def test_stopped_study_continues_and_then_has_nothing_to_do(imagenet, tmp_path, monkeypatch, capsys):
     """A signal must reach the runs, which save; the same command must continue them, compare both losses, and do
     nothing twice.
     """
-    first = study(imagenet, tmp_path)
-    while first.poll() is None and not any("Epoch: [0]" in log.read_text() for log in tmp_path.glob("*cl*.log")):
-        time.sleep(0.02)
-    first.send_signal(signal.SIGTERM)
-    _, errors = first.communicate()
-    assert first.returncode == 75, errors
+    flags = [*TINY, "--data", str(imagenet), "--out", str(tmp_path)]
+    with Process(*PYTHON, batch_size.__file__, *flags, PYTHONWARNINGS="default") as first:
+        while first.poll() is None and not any("Epoch: [0]" in log.read_text() for log in tmp_path.glob("*cl*.log")):
+            time.sleep(0.02)
+        first.send_signal(signal.SIGTERM)
+        _, errors = first.end(75)
     assert "=> stopped; the same command continues" in errors
     assert "=> stopped after epoch" in errors       # a run's own last line
 
-    second = study(imagenet, tmp_path)
-    output, errors = second.communicate()
-    assert second.returncode == 0, output + errors
+    monkeypatch.setattr("sys.argv", ["batch_size.py", *flags])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setitem(batch_size.PRESETS, "cpu", batch_size.CPU._replace(
+        protocols=[f"{batch_size.RATES} --features cached --epochs 2", "--knn"]))
+    batch_size.main()
+    output = capsys.readouterr().out
     logs = [log.read_text() for log in tmp_path.glob("*clr*.log")]
     assert [log.count("=> done: ") for log in logs] == [1, 1]
     assert any("=> resumed " in log for log in logs)
     table = (tmp_path / "results.md").read_text()
-    assert table in output
+    assert output.endswith(table)
     for row in ("| SimCLR | 4 |", "| SogCLR | 4 |", "| SogCLR - SimCLR | 4 |"):
         assert row in table
     assert all(column in table for column in ("kNN-20", "linear evaluation with cached features, best of 8 rates"))
 
-    monkeypatch.setattr("sys.argv", ["batch_size.py", *TINY, "--data", str(imagenet), "--out", str(tmp_path)])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(subprocess, "Popen", None)
     batch_size.main()
     assert capsys.readouterr().out == table

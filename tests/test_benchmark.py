@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import write_image
+from helpers import write_image
 
 from scripts.tools import benchmark
 from sogclr.loss import GlobalContrastiveLoss
@@ -25,11 +25,11 @@ RATIOS = {"step": {"% of floor": (FLOOR, 100)}, "data": {"times PIL": (PIL, 1)},
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder of just enough images for `data`: 4 batches of 32."""
+    """Folders of just enough images: for `train` 4 batches of 4, and for `data`, which contains it, of 32."""
     folder = tmp_path_factory.mktemp("photos")
     for k in range(128):
-        write_image(folder / f"{k}.jpg", seed=k)
-    return folder
+        write_image(folder / ("few" if k < 16 else "") / f"{k}.jpg", seed=k)
+    return {"train": ["--data", folder / "few"], "data": ["--data", folder], "step": []}
 
 
 @pytest.fixture
@@ -45,10 +45,11 @@ def report(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ROWS)
 def test_rows(mode, photos, report, capsys):
     """Every variant must be measured, related to its reference, printed, and written to --json."""
-    figures = report(mode, *["--data", photos] * (mode != "step"))
+    figures = report(mode, *photos[mode])
     assert (figures["mode"], figures["device"], figures["versions"]["torch"]) == (mode, "CPU", torch.__version__)
     rows = {row["what"]: row for row in figures["rows"]}
     assert list(rows) == ROWS[mode]
@@ -75,6 +76,7 @@ def test_medians():
 
 def test_plain_loss_is_ours():
     """On images that both have visited, `PlainLoss` must give GlobalContrastiveLoss's value, gradient and `u`."""
+    torch.manual_seed(0)
     ours, plain, index = GlobalContrastiveLoss(20), benchmark.PlainLoss(20), torch.arange(3, 11)
     ours(*torch.randn(2, 8, 5), index)
     plain.u[:] = ours.u[:, None]

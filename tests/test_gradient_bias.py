@@ -1,11 +1,15 @@
 """How far a small batch's gradient points away from that of the global loss."""
 
 import math
+import re
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import newest
 
+from scripts.experiments import gradient_bias
 from scripts.experiments.gradient_bias import batches, bias_and_noise, gradient, measure
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
 
@@ -79,3 +83,36 @@ def test_with_u_of_many_visits_a_small_batch_does_no_harm(z, generator):
                        for gamma, visits in ((0.05, 40 * [z]), (1.0, [])))
     assert with_u < 0.3 * without
     assert without > 25
+
+
+@pytest.mark.slow
+def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypatch, capsys):
+    """It must show each loss at each batch size; with one batch of all images neither SogCLR's gradient nor the score
+    with BatchNorm's batch statistics is off. Invalid input gives one line.
+    """
+    def bias(*args):
+        monkeypatch.setattr(sys, "argv", ["gradient_bias.py", *map(str, args)])
+        gradient_bias.main()
+        return [re.split(r" *\| *", line) for line in capsys.readouterr().out.splitlines()]
+
+    path = newest(pretrained[1])
+    few = "--visits", 3, "--passes", 3, "-j", 1
+    _, head, _, *rows, _, remark = bias(path, "--batch-sizes", 5, 20, "--gamma", 1, 0.2, "--images", 20, *few)
+    assert head == ["", "loss", "`--t`", "`--gamma`", "batch 5", "batch 20", ""]
+    assert [row[1:4] for row in rows] == [["SimCLR", "0.1", ""], ["SogCLR", "0.1", "1"], ["SogCLR", "0.1", "0.2"],
+                                          ["g within a batch / among all", "0.1", ""]]
+    assert all(re.fullmatch(r"\d+\.\d°, \d+\.\d\d", cell) for row in rows[:3] for cell in row[4:6])
+    assert rows[1][5] == "0.0°, 0.00"
+    assert rows[2][5] != rows[1][5]         # u has seen other views
+    assert float(rows[3][4]) < float(rows[3][5]) == 1
+    assert remark[0].startswith("20 images, 3 visits, 3 passes; ")
+
+    foreign, other = tmp_path / "foreign.pth.tar", tmp_path / "other.pth.tar"
+    torch.save({"epoch": 1, "state_dict": {}}, foreign)
+    torch.save({"epoch": 1, "state_dict": {}, "settings": {"lr": 0.1}}, other)
+    for args, message in (((path, "--batch-sizes", 25), "--batch-sizes 25: only 24 images are used"),
+                          ((path, "--data", imagenet / "val"), "has no folder 'train'"),
+                          ((foreign,), "lacks settings"), ((other,), "does not record how it was trained")):
+        with pytest.raises(SystemExit, match="2"):
+            bias(*args)
+        assert message in capsys.readouterr().err

@@ -2,15 +2,15 @@
 
 import itertools
 import json
+import os
 import re
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from helpers import PYTHON, ROOT, TINY, call, load, newest, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_scripts import TINY, call, load, newest, no_gpu, run  # noqa: F401 (a fixture)
 from torchvision.transforms.functional import to_pil_image as to_pil
 
 import lincls
@@ -19,8 +19,9 @@ from sogclr.builder import resnet
 from sogclr.datasets import open_data_set
 from sogclr.loader import LabeledBatches, Loader, center_view
 
+SHORT = [*TINY, "--workers", 0, "--epochs", 3, "--seed", 1]
 HEAD = ("module.fc.weight", "module.fc.bias")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+pytestmark = [pytest.mark.usefixtures("no_gpu"), pytest.mark.slow]
 
 
 @pytest.fixture
@@ -28,10 +29,17 @@ def linear(imagenet, tmp_path):
     """Run lincls.py in this process on a random encoder, in a separate folder; returns the folder and the output."""
     def go(*flags):
         folder = tmp_path / "_".join(map(str, flags)).replace("/", "")
-        lines = call(lincls, "--data", imagenet, *TINY, "--workers", 0, "--epochs", 3, "--seed", 1, "--save_dir",
-                     folder, *flags)
+        lines = call(lincls, "--data", imagenet, *SHORT, "--save_dir", folder, *flags)
         return folder, lines
     return go
+
+
+@pytest.fixture(scope="module")
+def plain(imagenet, no_gpu, tmp_path_factory):
+    """The weights after `linear` without flags."""
+    folder = tmp_path_factory.mktemp("plain")
+    call(lincls, "--data", imagenet, *SHORT, "--save_dir", folder)
+    return load(folder)["state_dict"]
 
 
 def results(folder, name="results.json"):
@@ -95,21 +103,6 @@ def test_features_that_do_not_fit_half_precision_are_refused(imagenet, tmp_path,
     assert "--features cached: a feature is not finite or above 65504" in capsys.readouterr().err
 
 
-def test_two_ranks_train_on_the_same_cached_batches(linear, imagenet, tmp_path):
-    """Unequal local batches, and a last batch of one image, must give one process's classifiers and accuracies."""
-    flags = ["--features", "cached", "--lr", 0.1, 0.5, "--batch-size", 7, "--train-percent", 62.5]
-    one = linear(*flags)[0]
-    run("lincls.py", "--data", imagenet, *TINY, "--epochs", 3, "--seed", 1, "--save_dir", tmp_path / "two", *flags,
-        launcher=TORCHRUN)
-    assert len(newest(one, "train_subset.txt").read_text().split()) == 15
-    assert newest(one, "train_subset.txt").read_text() == newest(tmp_path / "two", "train_subset.txt").read_text()
-    for a, b in zip(load(one)["classifiers"], load(tmp_path / "two")["classifiers"], strict=True):
-        assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in ("weight", "bias"))
-        assert {key: a[key] for key in ("acc1", "acc5", "best_epoch")} == {
-            key: b[key] for key in ("acc1", "acc5", "best_epoch")}
-    assert results(tmp_path / "two")["ranks"] == 2
-
-
 def test_finetuning_is_sgd_on_all_layers(linear, imagenet):
     """A step must be that of a plain loop over a torchvision model, with the encoder at its own learning rate."""
     saved = load(linear("--finetune", "--epochs", 1, "--batch-size", 24, "--lr", 0.3, "--wd", 0.01)[0])["state_dict"]
@@ -128,14 +121,6 @@ def test_finetuning_is_sgd_on_all_layers(linear, imagenet):
         parameter.data -= lr * (parameter.grad + 0.01 * parameter.data)
     for name, value in model.state_dict().items():
         assert torch.allclose(saved[f"module.{name}"], value, rtol=1e-4, atol=1e-6), name
-
-
-def test_finetuning_on_two_ranks_saves_what_it_validated(imagenet, tmp_path):
-    """Although BatchNorm statistics are local to each rank here, the file must have the accuracy that was printed."""
-    command = ["--data", imagenet, *TINY, "--seed", 1, "--save_dir", tmp_path]
-    lines = run("lincls.py", *command, "--finetune", "--epochs", 2, launcher=TORCHRUN)
-    evaluated = call(lincls, *command, "-e", "--resume", newest(tmp_path))
-    assert evaluated[-1].split("Acc@1")[1] in next(line for line in lines if line.startswith(" * Epoch 1"))
 
 
 def test_knn_needs_no_training(linear):
@@ -223,3 +208,51 @@ def test_spoiled_weights_are_not_saved(flags, imagenet, tmp_path, capsys):
     if not flags:
         call(lincls, *common, "--lr", 0.1, 1e40)
         assert any(tmp_path.rglob("checkpoint_last.pth.tar"))
+
+
+def test_linear_evaluation(pretrained, imagenet, tmp_path, monkeypatch, capsys):
+    """lincls must train, save, and evaluate what it saved, from a bare file name too."""
+    source = newest(pretrained[1], "checkpoint_0001.pth.tar")
+    os.symlink(source, tmp_path / "checkpoint_0001.pth.tar")
+    command = ["--pretrained", "checkpoint_0001.pth.tar", "--data", imagenet, *TINY, "--seed", 1]
+    output, _ = run(*PYTHON, ROOT / "lincls.py", *command, "--epochs", 3, "--save_dir", tmp_path / "a", cwd=tmp_path)
+    scores = [line for line in output.splitlines() if line.startswith(" * Epoch")]
+    assert len(scores) == 3
+    last = newest(tmp_path / "a")
+    saved = torch.load(last, weights_only=True)
+    frozen = torch.load(source, weights_only=True)["state_dict"]
+    for name, value in saved["state_dict"].items():
+        if ".fc." not in name:
+            assert torch.equal(value, frozen[name.replace("module.", "module.base_encoder.")])
+    assert saved["state_dict"]["module.fc.weight"].shape == (3, 512)
+    # -e prints the accuracy of the last epoch
+    monkeypatch.chdir(tmp_path)
+    evaluated = call(lincls, *command, "--epochs", 3, "-e", "--resume", last)[-1]
+    assert evaluated.split("Acc@1")[1] in scores[-1]
+    # the checkpoint alone suffices, and another encoder is refused
+    assert call(lincls, "--data", imagenet, *TINY[:4], "-e", "--resume", last)[-1] == evaluated
+    other = newest(pretrained[1], "checkpoint_0000.pth.tar")
+    with pytest.raises(SystemExit):
+        call(lincls, *command, "--pretrained", other, "--resume", last)
+    assert "evaluates a different encoder" in capsys.readouterr().err
+
+
+def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_path):
+    """The results must record the pretraining's settings and seconds, and another image size must be reported."""
+    source = newest(pretrained[1], "checkpoint_0001.pth.tar")
+    command = ["--pretrained", source, "--data", imagenet, *TINY, "--knn", "--save_dir", tmp_path]
+    assert not any("pretrained at" in line for line in call(lincls, *command))
+    made, (results,) = (json.loads((source.parent / "results.json").read_text()), tmp_path.rglob("results.json"))
+    results = json.loads(results.read_text())
+    assert results["encoder"] == made["settings"]
+    assert 0 < results["pretraining_seconds"] <= made["seconds"] + 0.1
+    assert "=> note: the encoder was pretrained at 32 pixels; to match, pass --image-size 32" in \
+        call(lincls, *command, "--image-size", 40)
+
+
+@pytest.mark.parametrize("flags", ["--lr 0.5", "--momentum 0.1", "--wd 0.5", "--batch-size 6", "--seed 2",
+                                   "--start-epoch 1", "--epochs 4", "--precision bf16", "--image-size 40",
+                                   "--features cached", "--train-percent 50", "--finetune"])
+def test_every_flag_has_an_effect(flags, plain, linear):
+    """Another value of any flag of the protocol must lead to another classifier."""
+    assert not torch.equal(plain[HEAD[0]], load(linear(*flags.split())[0])["state_dict"][HEAD[0]])

@@ -139,6 +139,15 @@ def test_epoch_is_split_without_overlap(images, batch, world, monkeypatch):
     assert images % batch == 0 or set(following) != set(seen)
 
 
+def test_batch_that_ranks_cannot_split_is_refused(monkeypatch):
+    """As BatchNorm needs equally many images, and more than one, on each."""
+    monkeypatch.setattr(loader, "world_size", lambda: 2)
+    loader.check_batch_size(4, 24)
+    for batch in (2, 9):
+        with pytest.raises(InputError, match=f"--batch-size {batch}: cannot be split equally over 2 processes"):
+            loader.check_batch_size(batch, 24)
+
+
 def test_evaluation_sees_each_image_once(monkeypatch):
     """Without drop_last, every image must be on exactly one rank, even if they cannot be split equally."""
     seen = []
@@ -338,11 +347,10 @@ def read_epoch(data, workers, bad_images, epoch=0):
     return list(make_loader(data, 0, 30, workers, bad_images).epoch(epoch))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_image_stops_the_run(mostly_good, workers):
-    """By default one line must name the file, from worker processes too."""
+def test_unreadable_image_stops_the_run(mostly_good):
+    """By default one line must name the file; `test_ranks` has worker processes."""
     with pytest.raises(InputError, match=r"00[78]\.jpg: not a readable image") as caught:
-        read_epoch(mostly_good, workers, "stop")
+        read_epoch(mostly_good, 0, "stop")
     assert "\n" not in str(caught.value)
 
 

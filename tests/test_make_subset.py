@@ -4,9 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import PYTHON, ROOT, run
 from PIL import Image
 
 from scripts.tools import make_subset
+from sogclr import shapes
 from sogclr.shapes import Shapes
 
 
@@ -22,13 +24,14 @@ def numbers(folder):
 
 def test_held_out_images_are_other_training_images(tmp_path, monkeypatch):
     """Both parts must be balanced and disjoint, with the training split's pixels, and train the same without it."""
-    shapes = ["--data_name", "shapes", "--train", 200, "--val", 100]
-    make(monkeypatch, tmp_path / "held", *shapes, "--held-out")
-    make(monkeypatch, tmp_path / "plain", *shapes)
+    monkeypatch.setattr(shapes, "LENGTHS", {"train": 400, "val": 200})
+    flags = ["--data_name", "shapes", "--train", 200, "--val", 100]
+    make(monkeypatch, tmp_path / "held", *flags, "--held-out")
+    make(monkeypatch, tmp_path / "plain", *flags)
     train, held, val = (numbers(tmp_path / name) for name in ("held/train", "held/val", "plain/val"))
     assert numbers(tmp_path / "plain" / "train") == train
     for part, count in ((train, 20), (held, 10), (val, 10)):
-        assert {name: len(of_class) for name, of_class in part.items()} == dict.fromkeys(Shapes("train").classes, count)
+        assert {name: len(of_class) for name, of_class in part.items()} == dict.fromkeys(Shapes("val").classes, count)
     assert all(train[name].isdisjoint(held[name]) for name in train)
     for folder, split in (("held/train", "train"), ("held/val", "train"), ("plain/val", "val")):
         for file in list((tmp_path / folder / "plain ring").iterdir())[:3]:
@@ -61,7 +64,24 @@ def test_what_is_missing_gives_one_line(flags, message, imagenet, tmp_path, monk
 
 def test_nothing_is_replaced(tmp_path, monkeypatch, capsys):
     """An existing folder must be left unchanged; one that cannot be created must give one line."""
+    monkeypatch.setattr(shapes, "LENGTHS", {"train": 20, "val": 20})
     for folder, message in ((tmp_path, "already exists, choose a new folder"), ("/proc/part", "cannot be written")):
         with pytest.raises(SystemExit, match="2"):
             make(monkeypatch, folder, "--data_name", "shapes", "--train", 20, "--val", 20)
         assert message in capsys.readouterr().err
+
+
+def test_imagenet100_is_linked(tmp_path):
+    """The subset must contain the authors' 100 classes in both splits; an incomplete tree must be refused."""
+    tool = ROOT / "scripts" / "tools" / "make_imagenet100.py"
+    classes = (ROOT / "scripts" / "tools" / "imagenet100_classes.txt").read_text().split()
+    assert len(set(classes)) == 100
+    for split in ("train", "val"):
+        for wnid in [*classes, "n99999999"]:
+            (tmp_path / "full" / split / wnid).mkdir(parents=True)
+    for _ in range(2):      # also over an earlier one
+        run(*PYTHON, tool, tmp_path / "full", tmp_path / "subset")
+    assert sorted(path.name for path in (tmp_path / "subset" / "val").iterdir()) == sorted(classes)
+    (tmp_path / "full" / "val" / classes[0]).rmdir()
+    assert f"val/{classes[0]}" in run(*PYTHON, tool, tmp_path / "full", tmp_path / "subset", code=2)[1]
+

@@ -1,15 +1,15 @@
-"""What the recipes ask of train.py and lincls.py, recorded by a stand-in for python; `test_scripts` runs them."""
+"""What the recipes ask of train.py and lincls.py, recorded by a stand-in for python."""
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
+from helpers import PYTHON, ROOT, TIMEOUT_SECONDS, TINY, run
 
 import lincls
 import train
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SCRIPTS = ROOT / "scripts"
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def calls(tmp_path):
     def run(script, *flags, **variables):
         file.write_text("")
         kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        subprocess.run(["bash", SCRIPTS / script, *map(str, flags)], check=True, timeout=60,
+        subprocess.run(["bash", SCRIPTS / script, *map(str, flags)], check=True, timeout=TIMEOUT_SECONDS,
                        env=kept | {"PYTHON": str(python), "CALLS": str(file)} | variables)
         return [line.split() for line in file.read_text().splitlines()]
 
@@ -66,6 +66,14 @@ def test_evaluation_recipe_is_what_its_head_says(name, data_name, calls, tmp_pat
     asked = settings(lincls, call)
     assert [asked[key] for key in ("data_name", "data", "pretrained", "epochs", "lr", "batch_size", "resume")] == [
         data_name, "D", str(tmp_path / "c.pth.tar"), 3, 0.1, 1024, "auto"]
+
+
+@pytest.mark.slow
+def test_recipe_runs(imagenet, tmp_path):
+    """One for real, on few small images; `test_faults` runs that of torchrun."""
+    output, _ = run("bash", SCRIPTS / "pretrain_imagenet100.sh", *TINY, "--dry-run", PYTHON=PYTHON[0],
+                    DATA=str(imagenet), SAVE_DIR=str(tmp_path / "saved"))
+    assert "dry run: nothing was written" in output
 
 
 def test_torchrun_on_several_machines(calls):

@@ -1,0 +1,161 @@
+"""Flags and input: the authors' commands, the help, and one line for whatever is wrong."""
+
+import shlex
+import socket
+
+import pytest
+import torch
+from helpers import TINY, newest, refused
+
+import lincls
+import train
+
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
+PRETRAIN = """--lr=.075 --epochs=800 --batch-size=256 --learning-rate-scaling=sqrt --loss_type dcl --gamma 0.9
+ --multiprocessing-distributed --world-size 1 --rank 0 --workers 32 --crop-min=.08 --wd=1e-6
+ --dist-url 'tcp://localhost:10001' --data_name imagenet1000 --data DIR --save_dir DIR2 --print-freq 1000"""
+LINEAR = """--dist-url 'tcp://localhost:10001' --multiprocessing-distributed --world-size 1 --rank 0 --workers 32
+ --pretrained DIR2/RUN/checkpoint_0799.pth.tar --data_name imagenet1000 --save_dir DIR2"""
+SCHEDULE = {"epochs", "batch_size", "lr", "weight_decay", "momentum", "arch", "data_name", "workers"}
+
+
+def test_the_authors_commands_are_the_defaults():
+    """Word for word, the authors' commands must parse and request what the scripts do without any flag."""
+    method = {"t", "gamma", "crop_min", "warmup_epochs", "optimizer", "dim", "mlp_dim", "num_proj_layers", "loss_type",
+              "learning_rate_scaling"}
+    for parser, command, keys in ((train.PARSER, PRETRAIN, SCHEDULE | method), (lincls.PARSER, LINEAR, SCHEDULE)):
+        asked, default = (vars(parser.parse_args(args)) for args in (shlex.split(command), []))
+        assert {key: asked[key] for key in keys} == {key: default[key] for key in keys}
+
+
+@pytest.mark.parametrize("parser", [train.PARSER, lincls.PARSER])
+def test_help_states_the_true_defaults(parser, capsys):
+    """Each flag's help must state the parser's default, or describe what happens without the flag."""
+    with pytest.raises(SystemExit, match="0"):
+        parser.parse_args(["--help"])
+    text = "".join(capsys.readouterr().out.split())
+    for action in parser._actions:
+        states = parser._get_formatter()._expand_help(action)
+        assert "".join(states.split()) in text
+        if action.default is None:
+            assert "(default: " in states or action.dest == "gpu", action.dest
+        elif action.default is not False and action.default not in ("", "==SUPPRESS=="):
+            assert states.endswith(f"(default: {action.default})") or f"; {action.default} is" in states, action.dest
+
+
+BAD = [
+    (train, ["--data", "nowhere"], "--data nowhere: no such folder"),
+    (train, ["--data", "EMPTY"], "EMPTY: has no folder 'train'"),
+    (train, ["--data", "EMPTY", "--data_name", "folder"], "contains no images"),
+    (lincls, ["--pretrained", "missing.pth"], "--pretrained missing.pth: no such file"),
+    (lincls, ["--pretrained", "TEXT"], "TEXT: not a checkpoint"),
+    (lincls, ["-e"], "--evaluate: needs"),
+    (lincls, ["-e", "--resume", "auto"], "--evaluate: "),
+    (lincls, ["--finetune", "--features", "cached"], "--finetune: changes the encoder"),
+    (lincls, ["--finetune", "--lr", "0.1", "0.2"], "--finetune: trains one network, pass one --lr"),
+    (lincls, ["--finetune", "--batch-size", "25"], "--finetune: --batch-size 25: the data set has only 24"),
+    (lincls, ["--knn", "--finetune"], "--knn: trains nothing"),
+    (lincls, ["--knn", "--resume", "OTHER"], "--knn: has nothing to resume"),
+    (lincls, ["--lr", "0.1", "0.10"], "--lr, --wd: a value is given twice"),
+    (lincls, ["--encoder-lr", "0.1"], "--encoder-lr: needs --finetune"),
+    (lincls, ["--train-percent", "0"], "--train-percent: must be a number in (0, 100]"),
+    (lincls, ["--start-epoch", "90"], "--start-epoch 90: must be below --epochs 1"),
+    (train, ["--start-epoch", "900"], "--start-epoch 900: must be below --epochs 1"),
+    (train, ["--world-size", "0"], "--world-size 0: must be at least 1"),
+    (train, ["--arch", "resnet19"], "--arch: invalid choice"),
+    (train, ["--batch-size", "25"], "--batch-size 25: the data set has only 24"),
+    (train, ["--batch-size", "1"], "--batch-size 1: "),
+    (train, ["--gamma", "0"], "--gamma: must be a number in (0, 1]"),
+    (train, ["--gamma", "1.5"], "--gamma: must be a number in (0, 1]"),
+    (train, ["--t", "0"], "--t: must be a number in (0, infinity)"),
+    (train, ["--t", "nan"], "--t: must be a number in (0, infinity)"),
+    (train, ["--epochs", "-3"], "--epochs: must be an integer in [1, infinity)"),
+    (train, ["--resume", "missing.pth"], "--resume missing.pth: no such file"),
+    (train, ["--resume", "OTHER", "--epochs", "2", "--data_name", "folder"],
+     "made with --data_name imagenet1000, not folder"),
+    (train, ["--resume", "OTHER", "--epochs", "2", "--data", "ONE_CLASS"],
+     "was trained on 24 images, but this data set has 8"),
+    (train, ["--resume", "OTHER", "--arch", "resnet34"], "was made with --arch resnet18, not resnet34"),
+    (lincls, ["--pretrained", "OTHER", "--arch", "resnet50"], "was made with --arch resnet18, not resnet50"),
+    (train, ["--gpu", "7"], "--gpu 7: this machine has"),
+    (train, ["--gpu", "0", "--multiprocessing-distributed"], "--gpu 0: this machine has 0 visible GPUs"),
+    (train, ["--dist-backend", "nccl"], "--dist-backend nccl: needs GPUs"),
+    (train, ["--resume", "EMPTY"], "--resume EMPTY: is a folder, pass a file in it"),
+    (train, ["--resume", "TEXT"], "--resume TEXT: not a checkpoint"),
+    (lincls, ["--resume", "OTHER"], "is not a checkpoint from this script"),
+    (train, ["--multiprocessing-distributed", "--dist-url", "USED"], "cannot be used (Address already in use)"),
+    (train, ["--world-size", "2", "--rank", "0", "--dist-url", "USED"], "cannot be used (Address already in use)"),
+    (train, ["--multiprocessing-distributed", "--dist-url", "localhost"], "--dist-url localhost: must be"),
+    (train, ["--multiprocessing-distributed", "--dist-url", "tcp://localhost:99999"], "a number below 65536"),
+    (train, ["--multiprocessing-distributed", "--dist-url", "tcp://localhost:x"], "a number below 65536"),
+    (train, ["--world-size", "2", "--rank", "0"], "--world-size 2: needs"),
+    (train, ["--world-size", "2", "--rank", "0", "--dist-url", "env://"], "variable MASTER_ADDR expected"),
+    (train, ["--world-size", "2", "--rank", "2", "--dist-url", "tcp://localhost:1"], "--rank 2: must be below"),
+    (train, ["--knn-freq", "1", "--data_name", "folder", "--data", "SUBSET"],
+     "--knn-freq 1: needs labeled images, leave the flag out if there are none; --data"),
+    (train, ["--unknown"], "unrecognized arguments: --unknown"),
+    (train, ["EMPTY"], "EMPTY (pass the data set's folder as --data "),
+    (train, ["--save_dir", "TEXT/below"], "--save_dir"),
+]
+
+
+@pytest.fixture(scope="module")
+def used():
+    """A URL whose port is taken."""
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        yield f"tcp://localhost:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(("module", "flags", "message"), BAD, ids=[" ".join(case[1]) for case in BAD])
+def test_bad_input_is_one_line(module, flags, message, pretrained, imagenet, used, tmp_path, monkeypatch, capsys):
+    """Exit code 2 and one line that names the flag or file; no traceback."""
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "TEXT").write_text("text")
+    (tmp_path / "ONE_CLASS" / "train").mkdir(parents=True)
+    (tmp_path / "ONE_CLASS" / "train" / "n01440764").symlink_to(imagenet / "train" / "n01440764")
+    names = {"OTHER": newest(pretrained[1], "checkpoint_0000.pth.tar"), "SUBSET": imagenet / "train" / "n01440764",
+             "USED": used}
+    flags = [str(names.get(flag, flag)) for flag in flags]
+    monkeypatch.chdir(tmp_path)
+    refused(module, ["--data", imagenet, *TINY, "--epochs", "1", *flags], message, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(("environment", "flags", "message"), [
+    ({"TORCHELASTIC_RUN_ID": "1"}, ["--world-size", "2", "--rank", "0"], "torchrun sets these, leave them out"),
+    ({"TORCHELASTIC_RUN_ID": "1"}, ["--gpu", "0"], "torchrun sets these, leave them out"),
+    ({"WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+     ["--world-size", "2", "--rank", "0", "--dist-url", "env://"],
+     "--world-size 2: the environment sets WORLD_SIZE=4, use that"),
+])
+def test_contradictions_with_the_environment(environment, flags, message, monkeypatch, capsys):
+    """What torchrun or the shell has set must not be overridden silently."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    refused(train, flags, message, monkeypatch, capsys)
+
+
+def test_more_gpus_than_there_are(monkeypatch, capsys):
+    """--gpu 7 of 4 must report which there are."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    message = "--gpu 7: this machine has 4 visible GPUs, numbered 0 to 3"
+    refused(train, ["--gpu", "7"], message, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("module", [train, lincls])
+def test_numbers_out_of_range_are_refused(module, capsys):
+    """Each numeric flag must refuse values outside its range, non-numbers, and nan."""
+    numeric = [action for action in module.PARSER._actions if callable(action.type)]
+    assert len(numeric) >= 12
+    for action in numeric:
+        for value in ("-5", "nan", "many"):
+            with pytest.raises(SystemExit, match="2"):
+                module.PARSER.parse_args([f"{action.option_strings[0]}={value}"])
+            error = capsys.readouterr().err
+            assert f"{action.option_strings[-1]}: must be a" in error
+            assert error.count("\n") == 1

@@ -1,0 +1,279 @@
+"""train.py on real image files: what it prints, writes and resumes, and that each flag has an effect."""
+
+import io
+import itertools
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from helpers import PYTHON, ROOT, TINY, call, load, losses, newest, refused, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_inputs import PRETRAIN
+
+import train
+from sogclr import checkpoint, shapes
+from sogclr.launch import free_port
+
+pytestmark = [pytest.mark.usefixtures("no_gpu"), pytest.mark.slow]
+
+
+def test_the_authors_command_writes_what_others_read(pretrained, imagenet, tmp_path):
+    """At a size for a CPU: checkpoint names, keys, prefixes and shapes as in the authors' release; plus command line
+    and TensorBoard. The process that it starts must train as one started without its flags.
+    """
+    command = shlex.split(PRETRAIN.replace("DIR2", str(tmp_path)).replace("DIR", str(imagenet)))
+    url = f"tcp://localhost:{free_port()}"      # theirs may be taken
+    output, _ = run(*PYTHON, ROOT / "train.py", *command, *TINY, "--dist-url", url, "--epochs", 2, "--seed", 5)
+    lines = output.splitlines()
+    assert losses(lines) == losses(pretrained[0])
+    run_folder = newest(tmp_path).parent
+    assert {path.name for path in run_folder.glob("*.tar")} == {
+        "checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "checkpoint_last.pth.tar", "checkpoint_previous.pth.tar"}
+    saved = torch.load(run_folder / "checkpoint_0001.pth.tar", weights_only=True)
+    assert {"epoch", "arch", "state_dict", "optimizer", "scaler", "u"} <= saved.keys()
+    assert (saved["epoch"], saved["arch"]) == (2, "resnet18")
+    assert saved["u"].shape == (24, 1)
+    assert saved["u"].dtype == torch.float32
+    assert (saved["u"] > 0).all()
+    assert {key.split("fc.")[0] for key in saved["state_dict"] if "fc." in key} == {"module.base_encoder."}
+    names = {key.removeprefix("module.base_encoder.") for key in saved["state_dict"] if ".fc." not in key}
+    assert names == {key for key in torchvision.models.resnet18().state_dict() if not key.startswith("fc.")}
+    assert set(saved["optimizer"]["state"][0]) == {"mu"}
+    torch.amp.GradScaler("cpu").load_state_dict(saved["scaler"])     # theirs is on, and refuses an empty one
+    assert len(saved["optimizer"]["param_groups"]) == 1
+    assert "--gamma 0.9" in (run_folder / "command.txt").read_text()
+    results, at_start = (json.loads((run_folder / name).read_text()) for name in ("results.json", "settings.json"))
+    assert results["settings"] == at_start["settings"] == saved["settings"]
+    assert results["versions"]["torch"] == torch.__version__
+    assert f"{results['loss']:.4f}" in lines[-2]
+    scalars = EventAccumulator(str(run_folder)).Reload()
+    assert {"loss/loss", "loss/gcl", "run/learning rate"} <= set(scalars.Tags()["scalars"])
+    assert f"{scalars.Scalars('loss/loss')[-1].value:.4f}" == losses(lines)[-1]
+    assert (scalars.Images("views")[0].height, scalars.Images("views")[0].width) == (2 + 2 * 34, 2 + 8 * 34)
+    assert scalars.Histograms("u/log u")[-1].histogram_value.num == 24
+    assert (scalars.Histograms("u/age in epochs")[-1].histogram_value.min,
+            scalars.Histograms("u/age in epochs")[-1].histogram_value.max) == (0, pytest.approx(2 / 3))
+    assert any("CPU" in line for line in lines[:4])
+
+
+def test_seed_decides_everything(imagenet, tmp_path):
+    """The same seed must give the same losses, different seeds different ones, whatever the number of workers."""
+    common = ["--data", imagenet, *TINY, "--epochs", 1]
+    one = losses(call(train, *common, "--seed", 1, "--save_dir", tmp_path / "a"))
+    again = losses(call(train, *common, "--seed", 1, "--save_dir", tmp_path / "b", "--workers", 0))
+    other = losses(call(train, *common, "--seed", 2, "--save_dir", tmp_path / "c"))
+    assert len(one) == 3
+    assert one == again
+    assert set(one).isdisjoint(other)
+
+
+def test_resumed_run_equals_uninterrupted(pretrained, imagenet, tmp_path):
+    """--resume after the first epoch must print the second epoch's losses and end with the same weights, u and ages,
+    and the seconds must be the total of both starts.
+    """
+    lines, folder = pretrained
+    first = newest(folder, "checkpoint_0000.pth.tar")
+    again = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path, "--resume", first)
+    assert losses(again) == losses(lines)[3:]
+    straight, resumed = load(folder), load(tmp_path)
+    for name in ("log_u", "last_visit", "batches"):
+        assert torch.equal(straight[name], resumed[name])
+    assert resumed["seconds"] > torch.load(first, weights_only=True)["seconds"] > 0
+    assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in straight["state_dict"].items())
+    for k, state in straight["optimizer"]["state"].items():
+        assert torch.equal(state["mu"], resumed["optimizer"]["state"][k]["mu"])
+
+
+def test_knn_during_pretraining_changes_nothing(pretrained, imagenet, tmp_path, monkeypatch):
+    """With --knn-freq a run must end with the same weights, u and optimizer, bit for bit, and the same random state."""
+    def watched(*args, original=train.knn_monitor):
+        evaluate = original(*args)
+
+        def without_trace(encoder):
+            before, training = torch.get_rng_state(), [module.training for module in encoder.modules()]
+            accuracies = evaluate(encoder)
+            assert torch.equal(torch.get_rng_state(), before)
+            assert [module.training for module in encoder.modules()] == training
+            return accuracies
+        return without_trace
+
+    monkeypatch.setattr(train, "knn_monitor", watched)
+    again = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--seed", 5, "--save_dir", tmp_path, "--knn-freq", 1)
+    assert losses(again) == losses(pretrained[0])
+    ours, plain = load(tmp_path), load(pretrained[1])
+    assert torch.equal(ours["log_u"], plain["log_u"])
+    assert all(torch.equal(value, ours["state_dict"][key]) for key, value in plain["state_dict"].items())
+    assert all(torch.equal(state["mu"], ours["optimizer"]["state"][k]["mu"])
+               for k, state in plain["optimizer"]["state"].items())
+    scalars = EventAccumulator(str(newest(tmp_path).parent)).Reload()
+    assert [event.step for event in scalars.Scalars("features/kNN-20")] == [3, 6]
+    assert [line.split(" kNN-20 ")[0] for line in again if "kNN-20" in line] == [" * Epoch 0", " * Epoch 1"]
+
+
+def test_same_command_finds_its_run(imagenet, tmp_path, monkeypatch, capsys):
+    """--resume auto starts, then finds a finished run; without it the run is not overwritten."""
+    command = ["--data", imagenet, *TINY, "--batch-size", 24, "--epochs", 1, "--save_dir", tmp_path, "--seed", 3]
+    assert len(losses(call(train, *command, "--resume", "auto"))) == 1
+    assert losses(call(train, *command, "--resume", "auto")) == []
+    other = call(train, *command, "--resume", "auto", "--t", 0.2, "--dry-run")
+    assert not any("starting a new one" in line for line in other)
+    other = call(train, *command, "--resume", "auto", "--t", 0.2)
+    assert any(line.endswith(f"starting a new one ({tmp_path} has 1 with other settings)") for line in other)
+    names = {train.run_name(train.PARSER.parse_args(["--data_name", "shapes", *flags]))
+             for flags in ([], ["--image-size", "32"], ["--image-size", "224"])}
+    assert len(names) == 2          # 32 is what shapes has anyway
+    refused(train, command, "--resume auto", monkeypatch, capsys)
+
+
+# Of one step an epoch, so that all take effect in the second.
+EFFECTIVE = ["--lr 0.3", "--learning-rate-scaling linear", "--momentum 0.1", "--wd 0.5", "--warmup-epochs 1",
+             "--crop-min 0.9", "--t 0.3", "--gamma 0.2", "--gamma-schedule cosine --gamma-decay-epochs 4",
+             "--gamma-schedule cosine --gamma-decay-epochs 9", "--batch-size 12", "--start-epoch 1", "--seed 2",
+             "--precision bf16", "--image-size 40", "--epochs 4", "--optimizer adamw", "--loss_type cl",
+             "--augment pil"]
+
+
+def test_every_flag_has_an_effect(imagenet, tmp_path, monkeypatch):
+    """Another value of any flag of the method must lead to weights that no other case has."""
+    found = {}
+    for flags in ("", *EFFECTIVE):
+        saved = {}
+        monkeypatch.setattr(checkpoint.Writer, "save", lambda self, state, *_, to=saved: to.update(state["state_dict"]))
+        call(train, "--data", imagenet, *TINY, "--workers", 0, "--batch-size", 24, "--epochs", 2, "--seed", 1,
+             "--save_dir", tmp_path / flags, *flags.split())
+        found[flags] = saved["module.base_encoder.conv1.weight"]
+    equal = [(a, b) for a, b in itertools.combinations(found, 2) if torch.equal(found[a], found[b])]
+    assert not equal
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_lines(imagenet, tmp_path, monkeypatch):
+    """On a terminal each progress line must replace the one before, and the epoch's summary the last one; elsewhere
+    there is one for step 0 and for every N-th step after it.
+    """
+    lines = call(train, "--data", imagenet, *TINY, "--print-freq", 2, "--epochs", 1, "--save_dir", tmp_path / "file")
+    assert re.findall(r"\[0\]\[(\d)/3\]", "\n".join(lines)) == ["0", "2"]
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    monkeypatch.setenv("COLUMNS", "60")
+    output = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path / "terminal")
+    lines = [line.removesuffix("\x1b[K") for line in output if re.match(r"Epoch| \* Epoch", line)]
+    assert len(lines) == 2 * 4
+    for epoch in (0, 1):
+        *live, summary = lines[4 * epoch:4 * epoch + 4]
+        for step, line in enumerate(live):
+            bar = ("###", "######", "##########")[step]
+            assert line.startswith(f"Epoch {epoch} [{bar:-<10}] {step}/3  ")
+            assert len(line) < 60
+        assert re.match(rf" \* Epoch {epoch}  Loss \S+  GCL \S+  in [\d:]+, \d+ images/s, data wait \d+%", summary)
+        assert ("the run ends about" in summary) == (epoch == 0)
+
+
+def test_dry_run_writes_nothing(imagenet, tmp_path):
+    """It must run real steps, report what all epochs will take, and leave no file."""
+    *_, report = lines = call(train, "--data", imagenet, *TINY, "--epochs", 800, "--save_dir", tmp_path, "--dry-run",
+                              "--start-epoch", 5)
+    assert len(losses(lines)) == 3
+    found = re.match(r"=> 800 epochs will take about (\S+) (minutes|hours) \((\d+) images/s, .* and (\S+) GiB in .* "
+                     "for 85 checkpoints", report)
+    minutes = float(found[1]) * {"minutes": 1, "hours": 60}[found[2]]
+    assert minutes == pytest.approx(800 * 24 / float(found[3]) / 60, rel=0.6, abs=1)    # of rounded images/s
+    parameters = sum(tensor.nbytes for tensor in torchvision.models.resnet18().parameters())
+    assert 85 * 2 * parameters < float(found[4]) * 2**30 < 85 * 3 * parameters
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("flags", "error"), [
+    ("--wd 0.5", "made with --wd 1e-06, not 0.5; leave --wd out"),
+    ("--lr 0.5", "made with --lr 0.075, not 0.5"),
+    ("--batch-size 6", "made with --batch-size 8, not 6; pass --batch-size 8"),
+    ("--epochs 3", "made with --epochs 2, not 3"),
+    ("--seed 6", "made with --seed 5, not 6"),
+    ("--image-size 40", "made with --image-size 32, not 40"),
+    ("--precision bf16", "made with --precision fp32, not bf16"),
+    ("--gamma-schedule cosine", "made with --gamma-schedule constant, not cosine"),
+    ("--dim 64", "made with --dim 128, not 64"),
+    ("--loss_type cl", "made with --loss_type dcl, not cl"),
+    ("--optimizer adamw", "made with --optimizer lars, not adamw")])
+def test_conflicting_flags_at_a_resume(flags, error, pretrained, imagenet, tmp_path, capsys):
+    """A setting that affects results must be the checkpoint's; the error names both values."""
+    first = newest(pretrained[1], "checkpoint_0000.pth.tar")
+    with pytest.raises(SystemExit, match="2"):
+        call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path, "--resume", first, *flags.split())
+    assert error in capsys.readouterr().err
+
+
+def test_the_authors_checkpoints_resume(pretrained, imagenet, tmp_path):
+    """A file with their keys only, numpy numbers, and an estimator with an extra row must resume like our own."""
+    lines, folder = pretrained
+    ours = torch.load(newest(folder, "checkpoint_0000.pth.tar"), weights_only=True)
+    theirs = {key: ours[key] for key in ("epoch", "arch", "state_dict", "optimizer", "scaler")}
+    theirs["u"] = torch.cat([ours["u"], torch.zeros(1, 1)])
+    theirs["optimizer"]["param_groups"][0]["lr"] = np.float64(0.1)
+    torch.save(theirs, tmp_path / "theirs.pth.tar")
+    again = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--seed", 5, "--save_dir", tmp_path,
+                 "--resume", tmp_path / "theirs.pth.tar")
+    assert losses(again)[0] == losses(lines)[3]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(imagenet, tmp_path, monkeypatch, capsys):
+    """Before that step's gradient, with the step and the rank; checkpoints and weights stay finite."""
+    class Spoiling(train.GlobalContrastiveLoss):
+        def forward(self, z1, z2, index):
+            return super().forward(z1 * float("nan") if spoil() else z1, z2, index)
+
+    steps, stepped = iter(range(100)), []
+    spoil = lambda: next(steps) == 4        # noqa: E731
+    monkeypatch.setattr(train, "GlobalContrastiveLoss", Spoiling)
+    monkeypatch.setattr(train.LARS, "step", lambda self, original=train.LARS.step: stepped.append(original(self)))
+    with pytest.raises(SystemExit, match="2"):
+        call(train, "--data", imagenet, *TINY, "--print-freq", 1000, "--epochs", 3, "--save_dir", tmp_path)
+    assert "the loss is nan in epoch 1, step 1 (ranks with non-finite projections: 0)" in \
+        capsys.readouterr().err
+    assert len(stepped) == 4
+    assert load(tmp_path)["epoch"] == 1
+    assert all(value.isfinite().all() for value in load(tmp_path)["state_dict"].values())
+
+
+def test_spoiled_weights_are_not_saved(imagenet, tmp_path, monkeypatch, capsys):
+    """Weights corrupted by the last step of a finite loss must not be written."""
+    monkeypatch.setattr(train, "lr_at", lambda epoch, *_: float("nan") if epoch > 1.5 else 0.1)
+    with pytest.raises(SystemExit, match="2"):
+        call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path)
+    assert "a weight is not finite in epoch 1" in capsys.readouterr().err
+    assert load(tmp_path)["epoch"] == 1
+
+
+@pytest.mark.parametrize(("flags", "changes"), [
+    (["--loss_type", "cl", "--optimizer", "adamw", "--lr", "1e-3"], ()),
+    (["--num_proj_layers", "3", "--dim", "16", "--mlp-dim", "32"], ("16", "32")),
+    (["--stem", "cifar", "--precision", "bf16"], ()),
+])
+def test_flags_reach_the_model(imagenet, tmp_path, flags, changes):
+    """Every choice must train and be visible in the checkpoint."""
+    call(train, "--data", imagenet, *TINY, "--image-size", 8, "--batch-size", 24, "--epochs", 1, "--save_dir", tmp_path,
+         *flags)
+    saved = load(tmp_path)
+    state = saved["state_dict"]
+    assert ("u" in saved) == ("cl" not in flags)
+    assert ("mu" in saved["optimizer"]["state"][0]) == ("adamw" not in flags)
+    assert state["module.base_encoder.conv1.weight"].shape[-1] == (3 if "cifar" in flags else 7)
+    if changes:
+        assert [tuple(state[f"module.base_encoder.fc.{i}.weight"].shape) for i in (0, 3, 6)] == [
+            (32, 512), (32, 32), (16, 32)]
+
+
+def test_shapes_and_unlabeled_folders(imagenet, tmp_path, monkeypatch):
+    """`shapes` needs no data; `folder` needs no classes."""
+    monkeypatch.setitem(shapes.LENGTHS, "train", 20)
+    tiny = [*TINY, "--epochs", 1, "--save_dir", tmp_path]
+    assert len(losses(call(train, "--data_name", "shapes", *tiny))) == 2
+    flat = imagenet / "train" / "n01440764"
+    assert len(losses(call(train, "--data_name", "folder", "--data", flat, *tiny))) == 1
