@@ -10,6 +10,7 @@ import torchvision
 
 from sogclr import InputError
 from sogclr.datasets import default_image_size
+from sogclr.distributed import log
 
 ARCHITECTURES = torchvision.models.list_models(
     module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
@@ -203,4 +204,7 @@ def resolve_precision(precision, device):
         precision = "fp32"
         if device.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and precision != "fp32" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        log(f"=> note: --precision {precision}: many times slower than fp32 on this CPU, which lacks AVX-512; pass "
+            "--precision fp32")
     return precision, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]

@@ -1,12 +1,18 @@
 """Real image files, and how the tests run the real scripts and read what they leave."""
 
 import contextlib
+import importlib
 import io
+import multiprocessing
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +24,10 @@ from sogclr.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = shlex.split("--arch resnet18 --image-size 32 --stem imagenet --batch-size 8 --workers 1 --print-freq 1")
-PYTHON = (sys.executable,)
-TORCHRUN = (*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+PYTHON = sys.executable
 TIMEOUT_SECONDS = 600       # for any process, also on a slow and busy machine: a test that reaches it hangs
+
+MAY_FORK = "ignore:This process:DeprecationWarning"        # Python 3.12 on warns of loader workers
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
 
@@ -39,7 +46,7 @@ class Process(subprocess.Popen):
     """
 
     def __init__(self, *command, cwd=ROOT, **env):
-        defaults = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "error"}
+        defaults = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": f"error,{MAY_FORK}"}
         super().__init__(list(map(str, command)), cwd=cwd, env=os.environ | defaults | env, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -49,17 +56,21 @@ class Process(subprocess.Popen):
 
     def wait_for(self, text):
         """Read the output up to a line that contains the text."""
+        limit = threading.Timer(TIMEOUT_SECONDS, self.kill)
+        limit.daemon = True
+        limit.start()
         lines = []
         for line in self.stdout:
             lines.append(line)
             if text in line:
+                limit.cancel()
                 return
         raise AssertionError("".join(lines) + self.stderr.read())
 
-    def end(self, code=0):
-        """The rest of the output and the error output; it must end with this exit code."""
+    def end(self, *codes):
+        """The rest of the output and the error output; it must end with one of the exit codes, by default 0."""
         output, error = self.communicate(timeout=TIMEOUT_SECONDS)
-        assert self.returncode == code, output + error
+        assert self.returncode in (codes or (0,)), output + error
         return output, error
 
 
@@ -69,12 +80,65 @@ def run(*command, code=0, **env):
         return process.end(code)
 
 
+# Forks processes from one that has only imported these, which takes 4 s.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "lincls"])
+
+
+class Fork:
+    """`train` or `lincls` in a process of its own, like a `Process`, but forked."""
+
+    def __init__(self, module, *args):
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name) / name for name in ("output", "error")]
+        self.process = FORKS.Process(target=_launch, args=(module.__name__, list(map(str, args)), self.files))
+        self.kill = self.process.kill
+
+    def __enter__(self):
+        self.process.start()
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+        self.process.join()
+        self.folder.cleanup()
+
+    def wait_for(self, text):
+        """Wait until the output contains the text."""
+        limit = time.monotonic() + TIMEOUT_SECONDS
+        while not (self.files[0].exists() and text in self.files[0].read_text()):
+            assert self.process.is_alive(), self.texts()
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+
+    def texts(self):
+        """The output and the error output so far."""
+        return [file.read_text() for file in self.files]
+
+    def end(self, *codes):
+        """The output and the error output; it must end with one of the exit codes, by default 0."""
+        self.process.join(TIMEOUT_SECONDS)
+        assert self.process.exitcode in (codes or (0,)), self.texts()
+        return self.texts()
+
+
+def _launch(name, args, files):
+    for stream, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "This process", DeprecationWarning)
+    torch.set_num_threads(1)
+    sys.argv = [f"{name}.py", *args]
+    module = importlib.import_module(name)
+    module.launch(module.main_worker, module.PARSER.parse_args())
+
+
 @contextlib.contextmanager
-def two_ranks(script, *args, launcher=()):
-    """Start a script as two processes by hand: rank 0 and rank 1."""
-    command = [*launcher, *PYTHON, ROOT / script, *args, "--world-size", 2, "--dist-url",
-               f"tcp://localhost:{free_port()}", "--rank"]
-    with Process(*command, 0) as first, Process(*command, 1) as second:
+def two_ranks(module, *args):
+    """Start `train` or `lincls` as two processes, as if by hand: rank 0 and rank 1."""
+    args = [*args, "--world-size", 2, "--dist-url", f"tcp://localhost:{free_port()}", "--rank"]
+    with Fork(module, *args, 0) as first, Fork(module, *args, 1) as second:
         yield first, second
 
 

@@ -77,7 +77,7 @@ def worker(rank, world, folder):
 def ranks(tmp_path_factory):
     """Each rank's record of a run with 4 processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, nprocs=4, args=(4, str(folder)))
+    mp.start_processes(worker, nprocs=4, args=(4, str(folder)), start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 

@@ -99,7 +99,7 @@ def worker(rank, folder):
 def folder(tmp_path_factory):
     """Folder with the results of two processes."""
     folder = tmp_path_factory.mktemp("features")
-    mp.spawn(worker, nprocs=2, args=(str(folder),))
+    mp.start_processes(worker, nprocs=2, args=(str(folder),), start_method="forkserver")
     return folder
 
 

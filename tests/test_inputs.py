@@ -9,6 +9,7 @@ from helpers import TINY, newest, refused
 
 import lincls
 import train
+from sogclr.flags import resolve_precision
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
 
@@ -145,6 +146,15 @@ def test_more_gpus_than_there_are(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     message = "--gpu 7: this machine has 4 visible GPUs, numbered 0 to 3"
     refused(train, ["--gpu", "7"], message, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(("capability", "precision", "said"), [
+    ("AVX2", "bf16", True), ("AVX2", "fp16", True), ("AVX2", None, False), ("AVX512", "bf16", False)])
+def test_slow_precision_is_said(capability, precision, said, monkeypatch, capsys):
+    """One line with the way out where the CPU has no fast instructions for half precision."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    resolve_precision(precision, torch.device("cpu"))
+    assert (f"--precision {precision}: many times slower" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("module", [train, lincls])

@@ -215,7 +215,7 @@ def test_linear_evaluation(pretrained, imagenet, tmp_path, monkeypatch, capsys):
     source = newest(pretrained[1], "checkpoint_0001.pth.tar")
     os.symlink(source, tmp_path / "checkpoint_0001.pth.tar")
     command = ["--pretrained", "checkpoint_0001.pth.tar", "--data", imagenet, *TINY, "--seed", 1]
-    output, _ = run(*PYTHON, ROOT / "lincls.py", *command, "--epochs", 3, "--save_dir", tmp_path / "a", cwd=tmp_path)
+    output, _ = run(PYTHON, ROOT / "lincls.py", *command, "--epochs", 3, "--save_dir", tmp_path / "a", cwd=tmp_path)
     scores = [line for line in output.splitlines() if line.startswith(" * Epoch")]
     assert len(scores) == 3
     last = newest(tmp_path / "a")

@@ -80,8 +80,8 @@ def test_imagenet100_is_linked(tmp_path):
         for wnid in [*classes, "n99999999"]:
             (tmp_path / "full" / split / wnid).mkdir(parents=True)
     for _ in range(2):      # also over an earlier one
-        run(*PYTHON, tool, tmp_path / "full", tmp_path / "subset")
+        run(PYTHON, tool, tmp_path / "full", tmp_path / "subset")
     assert sorted(path.name for path in (tmp_path / "subset" / "val").iterdir()) == sorted(classes)
     (tmp_path / "full" / "val" / classes[0]).rmdir()
-    assert f"val/{classes[0]}" in run(*PYTHON, tool, tmp_path / "full", tmp_path / "subset", code=2)[1]
+    assert f"val/{classes[0]}" in run(PYTHON, tool, tmp_path / "full", tmp_path / "subset", code=2)[1]
 

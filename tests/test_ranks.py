@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
-from helpers import PYTHON, ROOT, TIMEOUT_SECONDS, TINY, call, load, newest, run, two_ranks
+from helpers import TINY, Fork, call, load, newest, two_ranks
 
 import lincls
+import train
 
 pytestmark = [pytest.mark.usefixtures("no_gpu"), pytest.mark.slow]
 
@@ -17,9 +18,9 @@ def test_two_ranks_train_the_classifiers_of_one(imagenet, tmp_path):
     command = ["--data", imagenet, *TINY, "--epochs", 3, "--seed", 1, "--lr", 0.1, 0.5, "--batch-size", 7,
                "--train-percent", 62.5]
     call(lincls, *command, "--save_dir", tmp_path / "one")
-    with two_ranks("lincls.py", *command, "--save_dir", tmp_path / "two") as (first, second):
+    with two_ranks(lincls, *command, "--save_dir", tmp_path / "two") as (first, second):
         first.end()
-        assert second.end() == ("", "")         # one log
+        assert second.end() == ["", ""]         # one log
     one, two = (load(tmp_path / name) for name in ("one", "two"))
     assert json.loads(newest(tmp_path / "two", "results.json").read_text())["ranks"] == 2
     subsets = [newest(tmp_path / name, "train_subset.txt").read_text() for name in ("one", "two")]
@@ -34,7 +35,7 @@ def test_two_ranks_train_the_classifiers_of_one(imagenet, tmp_path):
 def test_finetuning_on_two_ranks_saves_what_it_validated(imagenet, tmp_path):
     """Although BatchNorm statistics are local to each rank here, the file must have the accuracy that was printed."""
     command = ["--data", imagenet, *TINY, "--seed", 1, "--save_dir", tmp_path]
-    with two_ranks("lincls.py", *command, "--finetune", "--epochs", 2) as (first, second):
+    with two_ranks(lincls, *command, "--finetune", "--epochs", 2) as (first, second):
         lines = first.end()[0].splitlines()
         second.end()
     evaluated = call(lincls, *command, "-e", "--resume", newest(tmp_path))
@@ -47,9 +48,8 @@ def test_unreadable_image_ends_every_rank(imagenet, tmp_path):
         source = imagenet / "train" / "n01440764" / f"n01440764_{k}.JPEG"
         (tmp_path / f"{k}.jpg").write_bytes(source.read_bytes() if k != 3 else b"broken")
     command = ["--data_name", "folder", "--data", tmp_path, *TINY, "--save_dir", tmp_path / "saved"]
-    with two_ranks("train.py", *command) as ranks:
-        errors = "".join(process.communicate(timeout=TIMEOUT_SECONDS)[1] for process in ranks)
-    assert 2 in [process.returncode for process in ranks]
+    with two_ranks(train, *command) as ranks:
+        errors = "".join(rank.end(1, 2)[1] for rank in ranks)
     assert errors.count("train.py: error: ") == 1
     assert f"train.py: error: {tmp_path}/3.jpg: not a readable image" in errors
 
@@ -58,7 +58,7 @@ def test_unreadable_image_ends_a_process_with_workers(imagenet, tmp_path):
     """The line, and the process must end although the workers leave signals to their rank."""
     shutil.copytree(imagenet, tmp_path / "data")
     (tmp_path / "data" / "train" / "n01440764" / "n01440764_3.JPEG").write_bytes(b"broken")
-    _, error = run(*PYTHON, ROOT / "train.py", "--data", tmp_path / "data", *TINY, "--workers", 2, "--save_dir",
-                   tmp_path / "saved", code=2)
+    with Fork(train, "--data", tmp_path / "data", *TINY, "--workers", 2, "--save_dir", tmp_path / "saved") as process:
+        _, error = process.end(2)
     assert error.startswith(f"train.py: error: {tmp_path}/data/train/n01440764/n01440764_3.JPEG: not a readable")
     assert error.count("\n") == 1

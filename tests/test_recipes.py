@@ -71,7 +71,7 @@ def test_evaluation_recipe_is_what_its_head_says(name, data_name, calls, tmp_pat
 @pytest.mark.slow
 def test_recipe_runs(imagenet, tmp_path):
     """One for real, on few small images; `test_faults` runs that of torchrun."""
-    output, _ = run("bash", SCRIPTS / "pretrain_imagenet100.sh", *TINY, "--dry-run", PYTHON=PYTHON[0],
+    output, _ = run("bash", SCRIPTS / "pretrain_imagenet100.sh", *TINY, "--dry-run", PYTHON=PYTHON,
                     DATA=str(imagenet), SAVE_DIR=str(tmp_path / "saved"))
     assert "dry run: nothing was written" in output
 

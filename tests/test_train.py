@@ -27,7 +27,7 @@ def test_the_authors_command_writes_what_others_read(pretrained, imagenet, tmp_p
     """
     command = shlex.split(PRETRAIN.replace("DIR2", str(tmp_path)).replace("DIR", str(imagenet)))
     url = f"tcp://localhost:{free_port()}"      # theirs may be taken
-    output, _ = run(*PYTHON, ROOT / "train.py", *command, *TINY, "--dist-url", url, "--epochs", 2, "--seed", 5)
+    output, _ = run(PYTHON, ROOT / "train.py", *command, *TINY, "--dist-url", url, "--epochs", 2, "--seed", 5)
     lines = output.splitlines()
     assert losses(lines) == losses(pretrained[0])
     run_folder = newest(tmp_path).parent
