@@ -18,18 +18,18 @@ def resnet(arch, stem="imagenet", **kwargs):
         encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
         encoder.maxpool = nn.Identity()
-    for module in encoder.modules():
+    for module in encoder.modules():        # torchvision has no argument for the kind of convolution
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.groups == 1:
             module.__class__ = Conv3x3
     return encoder
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution with padding 1. On a CPU, one whose output has a single pixel is computed as a matrix product
-    with those of its weights that meet the image and not only the padding.
+    """A 3x3 convolution with padding 1 that, on a CPU, computes a single output pixel as a matrix product with the
+    weights that meet the image and not only its padding.
 
-    This is the last layer at up to 32 pixels with the imagenet stem. It halves the time of ResNet-18's training step on
-    CPUs without AVX-512, where torch's convolution is slow there.
+    ResNets have such outputs in the last layer at up to 32 pixels with the imagenet stem. Without AVX-512, torch's
+    convolution is so slow there that this halves the time of ResNet-18's training step.
     """
 
     def forward(self, x):

@@ -198,7 +198,7 @@ def resolve_precision(precision, device):
     """`--precision` (None for this device's default) -> "bf16", "fp16" or "fp32", and its torch dtype.
 
     On a GPU, float32 follows torch's defaults, which are what we want: convolutions in TF32, matrix products, which
-    make up the loss, in full float32.
+    make up the loss, in full float32. Logs a note if the CPU lacks fast instructions for the precision.
     """
     if precision is None:
         precision = "fp32"

@@ -10,17 +10,21 @@ from helpers import CLASSES, TINY, call, write_image
 
 import train
 
-# Ends what the tests have started as soon as they have ended themselves, however: then its input is closed.
+# Kills all that the tests have started once pytest has ended, in whatever way: that closes this process's input.
 CLEAN_UP = """
 import os, signal, sys
 sys.stdin.read()
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            if sys.argv[1].encode() in file.read().split(b"\\0") and int(pid) != os.getpid():
-                os.kill(int(pid), signal.SIGKILL)
-    except OSError:
-        pass
+found = True
+while found:        # until there are none, since they may start others meanwhile
+    found = False
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                if sys.argv[1].encode() in file.read().split(b"\\0") and int(pid) != os.getpid():
+                    os.kill(int(pid), signal.SIGKILL)
+                    found = True
+        except OSError:
+            pass
 """
 
 

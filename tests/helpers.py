@@ -3,15 +3,16 @@
 import contextlib
 import importlib
 import io
+import itertools
 import multiprocessing
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -20,15 +21,19 @@ import pytest
 import torch
 from PIL import Image
 
+from sogclr import run as run_module
 from sogclr.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = shlex.split("--arch resnet18 --image-size 32 --stem imagenet --batch-size 8 --workers 1 --print-freq 1")
 PYTHON = sys.executable
-TIMEOUT_SECONDS = 600       # for any process, also on a slow and busy machine: a test that reaches it hangs
-
+TIMEOUT_SECONDS = 900       # for any process, also on a slow and busy machine: one that reaches it hangs
 MAY_FORK = "ignore:This process:DeprecationWarning"        # Python 3.12 on warns of loader workers
 
+# The authors' command for pretraining.
+PRETRAIN = """--lr=.075 --epochs=800 --batch-size=256 --learning-rate-scaling=sqrt --loss_type dcl --gamma 0.9
+ --multiprocessing-distributed --world-size 1 --rank 0 --workers 32 --crop-min=.08 --wd=1e-6
+ --dist-url 'tcp://localhost:10001' --data_name imagenet1000 --data DIR --save_dir DIR2 --print-freq 1000"""
 CLASSES = ("n01440764", "n01443537", "n01484850")
 
 
@@ -41,35 +46,39 @@ def write_image(path, seed, size=(48, 40)):
 
 
 class Process(subprocess.Popen):
-    """A process on the CPU, with one thread and pipes for its output, whose warnings are errors. As a context manager
-    it is killed on exit.
+    """A process on the CPU, with one thread and pipes for its output, whose warnings are errors. It and what it has
+    started are killed after TIMEOUT_SECONDS, and, as a context manager, on exit.
     """
 
     def __init__(self, *command, cwd=ROOT, **env):
         defaults = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": f"error,{MAY_FORK}"}
         super().__init__(list(map(str, command)), cwd=cwd, env=os.environ | defaults | env, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        self.limit = threading.Timer(TIMEOUT_SECONDS, self.kill_all)
+        self.limit.daemon = True
+        self.limit.start()
 
     def __exit__(self, *error):
-        self.kill()
+        self.limit.cancel()
+        self.kill_all()
         super().__exit__(*error)
+
+    def kill_all(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def wait_for(self, text):
         """Read the output up to a line that contains the text."""
-        limit = threading.Timer(TIMEOUT_SECONDS, self.kill)
-        limit.daemon = True
-        limit.start()
         lines = []
         for line in self.stdout:
             lines.append(line)
             if text in line:
-                limit.cancel()
                 return
         raise AssertionError("".join(lines) + self.stderr.read())
 
     def end(self, *codes):
         """The rest of the output and the error output; it must end with one of the exit codes, by default 0."""
-        output, error = self.communicate(timeout=TIMEOUT_SECONDS)
+        output, error = self.communicate()
         assert self.returncode in (codes or (0,)), output + error
         return output, error
 
@@ -80,65 +89,71 @@ def run(*command, code=0, **env):
         return process.end(code)
 
 
-# Forks processes from one that has only imported these, which takes 4 s.
+# Forks processes from one that has imported these, since importing torch takes seconds; in the project folder, that is.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "lincls"])
 
 
 class Fork:
-    """`train` or `lincls` in a process of its own, like a `Process`, but forked."""
+    """`train` or `lincls` in a process of its own, like a `Process`, but forked.
 
-    def __init__(self, module, *args):
+    sends: (n, signal) to send itself that signal in the n-th step, counted from 0.
+    """
+
+    def __init__(self, module, *args, sends=None):
         self.folder = tempfile.TemporaryDirectory()
-        self.files = [Path(self.folder.name) / name for name in ("output", "error")]
-        self.process = FORKS.Process(target=_launch, args=(module.__name__, list(map(str, args)), self.files))
-        self.kill = self.process.kill
+        files = [Path(self.folder.name) / name for name in ("output", "error")]
+        self.output, self.error = files
+        self.process = FORKS.Process(target=_launch, args=(module.__name__, list(map(str, args)), files, sends))
 
     def __enter__(self):
         self.process.start()
         return self
 
     def __exit__(self, *_):
-        self.kill()
+        self.process.kill()
         self.process.join()
         self.folder.cleanup()
-
-    def wait_for(self, text):
-        """Wait until the output contains the text."""
-        limit = time.monotonic() + TIMEOUT_SECONDS
-        while not (self.files[0].exists() and text in self.files[0].read_text()):
-            assert self.process.is_alive(), self.texts()
-            assert time.monotonic() < limit
-            time.sleep(0.02)
-
-    def texts(self):
-        """The output and the error output so far."""
-        return [file.read_text() for file in self.files]
 
     def end(self, *codes):
         """The output and the error output; it must end with one of the exit codes, by default 0."""
         self.process.join(TIMEOUT_SECONDS)
-        assert self.process.exitcode in (codes or (0,)), self.texts()
-        return self.texts()
+        texts = self.output.read_text(), self.error.read_text()
+        assert self.process.exitcode in (codes or (0,)), texts
+        return texts
 
 
-def _launch(name, args, files):
+def _launch(name, args, files, sends):
     for stream, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "This process", DeprecationWarning)
+    warnings.filterwarnings("ignore", "This process", DeprecationWarning)       # as MAY_FORK
     torch.set_num_threads(1)
+    if sends:
+        send_in_step(*sends)
     sys.argv = [f"{name}.py", *args]
     module = importlib.import_module(name)
     module.launch(module.main_worker, module.PARSER.parse_args())
 
 
+def send_in_step(n, number, setattr=setattr):
+    """Make this process send itself a signal in the n-th step from now, counted from 0."""
+    steps, original = itertools.count(), run_module.stop_requested
+
+    def stop_requested():
+        if next(steps) == n:
+            os.kill(os.getpid(), number)
+        return original()
+
+    setattr(run_module, "stop_requested", stop_requested)
+
+
 @contextlib.contextmanager
-def two_ranks(module, *args):
-    """Start `train` or `lincls` as two processes, as if by hand: rank 0 and rank 1."""
+def two_ranks(module, *args, sends=(None, None)):
+    """Start `train` or `lincls` as two processes, as if by hand: rank 0 and rank 1. sends: each one's, see `Fork`."""
     args = [*args, "--world-size", 2, "--dist-url", f"tcp://localhost:{free_port()}", "--rank"]
-    with Fork(module, *args, 0) as first, Fork(module, *args, 1) as second:
+    with Fork(module, *args, 0, sends=sends[0]) as first, Fork(module, *args, 1, sends=sends[1]) as second:
         yield first, second
 
 

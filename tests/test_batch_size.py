@@ -12,7 +12,7 @@ from scripts.experiments import batch_size
 
 # Flags of the real runs: two at a time, 2 steps per epoch.
 TINY = ["cpu", "--data_name", "folder", "--images", "9", "9", "--batch-sizes", "4", "--seeds", "1", "--jobs", "2",
-        "--epochs", "10", "--warmup-epochs", "0", "--mlp-dim", "16", "--dim", "8", "--precision", "fp32",
+        "--epochs", "20", "--warmup-epochs", "0", "--mlp-dim", "16", "--dim", "8", "--precision", "fp32",
         "--image-size", "16"]
 
 
@@ -106,6 +106,7 @@ def test_stopped_study_continues_and_then_has_nothing_to_do(imagenet, tmp_path, 
 
     monkeypatch.setattr("sys.argv", ["batch_size.py", *flags])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setitem(batch_size.PRESETS, "cpu", batch_size.CPU._replace(
         protocols=[f"{batch_size.RATES} --features cached --epochs 2", "--knn"]))
     batch_size.main()

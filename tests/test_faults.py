@@ -8,11 +8,12 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from helpers import PYTHON, ROOT, TIMEOUT_SECONDS, TINY, Process, call, load, losses, newest, run, two_ranks
+from helpers import PYTHON, ROOT, TINY, Process, call, load, losses, newest, run, send_in_step, two_ranks
 
 import lincls
 import train
@@ -34,14 +35,7 @@ def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, n
     command = ["--data", imagenet, *TINY, "--seed", 1, "--epochs", 2, "--workers", workers, "--resume", "auto",
                *flags.split()]
     straight = call(module, *command, "--save_dir", tmp_path / "straight")
-    calls, original = iter(range(100)), run_module.stop_requested
-
-    def stop_requested():
-        if next(calls) == steps - 1:        # in the second step of epoch 0, or its last
-            os.kill(os.getpid(), number)
-        return original()
-
-    monkeypatch.setattr(run_module, "stop_requested", stop_requested)
+    send_in_step(steps - 1, number, monkeypatch.setattr)        # in the second step of epoch 0, or its last
     reports, evaluate = [], train.KNNMonitor.__call__
     monkeypatch.setattr(train.KNNMonitor, "__call__", lambda *args: reports.append(steps) or evaluate(*args))
     with pytest.raises(SystemExit, match="75"):
@@ -96,8 +90,8 @@ def test_torchrun_restarts_what_has_died(imagenet, tmp_path):
     """If a rank is killed under the torchrun recipe, both must reconnect and continue, and the command succeed. The two
     must split the batch, print one log, and report the kNN accuracy of the saved encoder.
     """
-    with Process("bash", ROOT / "scripts" / "pretrain_imagenet1k_torchrun.sh", *TINY, "--epochs", 8, "--knn-freq",
-                 8, PYTHON=PYTHON, GPUS="2", DATA=str(imagenet), SAVE_DIR=str(tmp_path),
+    with Process("bash", ROOT / "scripts" / "pretrain_imagenet1k_torchrun.sh", *TINY, "--epochs", 12, "--seed",
+                 5, "--knn-freq", 12, PYTHON=PYTHON, GPUS="2", DATA=str(imagenet), SAVE_DIR=str(tmp_path),
                  PYTHONWARNINGS="default") as process:
         process.wait_for("Epoch: [1]")
         while not list(tmp_path.rglob("checkpoint_last.pth.tar")):      # is written in the background
@@ -108,33 +102,39 @@ def test_torchrun_restarts_what_has_died(imagenet, tmp_path):
         after, _ = process.end()
     assert after.count("=> resumed") == 1
     assert after.count("(4 per rank)") == 1
-    knn = brute_force_knn(newest(tmp_path, "checkpoint_0007.pth.tar"), imagenet)
-    assert f" * Epoch 7 kNN-20 {knn:.1f} kNN-200 " in after
-    assert load(tmp_path)["epoch"] == 8
+    knn = brute_force_knn(newest(tmp_path, "checkpoint_0011.pth.tar"), imagenet)
+    assert f" * Epoch 11 kNN-20 {knn:.1f} kNN-200 " in after
+    assert load(tmp_path)["epoch"] == 12
     assert (load(tmp_path)["u"] > 0).all()
 
 
-def test_two_ranks_killed_equal_undisturbed(imagenet, tmp_path):
-    """A killed rank must be reported by the other, which must not hang; and `--resume auto` must then give the
-    undisturbed run, bit for bit.
+def test_two_ranks_stopped_and_killed_equal_undisturbed(imagenet, tmp_path):
+    """A signal to one rank must stop both, within an epoch; a killed rank must be reported by the other, which must not
+    hang; and `--resume auto` must then give the undisturbed run, bit for bit.
     """
     flags = ["--data", imagenet, *TINY, "--epochs", 4, "--seed", 3, "--resume", "auto"]
     with two_ranks(train, *flags, "--save_dir", tmp_path / "straight") as (first, second):
         first.end()
-        assert second.end() == ["", ""]
+        assert second.end() == ("", "")         # one log
 
     flags += ["--save_dir", tmp_path / "cut"]
-    for epoch, killed in ((1, 1), (2, 0)):
-        with two_ranks(train, *flags) as (first, second):
-            first.wait_for(f"Epoch: [{epoch}][1/3]")
-            (first, second)[killed].kill()
-            _, error = (second, first)[killed].end(1)
-            assert re.search(r"train.py: another rank has ended \(.+\), so the run stops; --resume", error)
-            assert "Traceback" not in error
+    with two_ranks(train, *flags, sends=(None, (0, signal.SIGUSR1))) as (first, second):
+        output, _ = first.end(75)
+        second.end(75)
+    assert re.search(r"=> stopped after epoch 0, step \d; --resume auto", output)
+
+    for killed in (1, 0):
+        sends = [None, None]
+        sends[killed] = (4, signal.SIGKILL)
+        with two_ranks(train, *flags, sends=sends) as ranks:
+            _, error = ranks[1 - killed].end(1)
+        assert re.search(r"train.py: another rank has ended \(.+\), so the run stops; --resume", error)
+        assert "Traceback" not in error
 
     with two_ranks(train, *flags) as (first, second):
-        first.end()
+        output, _ = first.end()
         second.end()
+    assert "=> resumed" in output
     assert same(load(tmp_path / "straight"), load(tmp_path / "cut"))
     assert newest(tmp_path / "cut", "checkpoint_0003.pth.tar").exists()
 
@@ -191,7 +191,7 @@ def test_a_run_is_saved_although_nobody_reads_its_errors(imagenet, tmp_path):
         process.stderr.close()
         process.send_signal(signal.SIGINT)
         assert "=> stopped after epoch" in process.stdout.read()
-        assert process.wait(TIMEOUT_SECONDS) == 75
+        assert process.wait() == 75
     assert load(tmp_path)["epoch"] >= 1
 
 
@@ -212,6 +212,6 @@ def test_a_second_ctrl_c_ends_a_process_that_hangs(imagenet, tmp_path):
             launcher.send_signal(signal.SIGINT)
             time.sleep(1)
         _, error = launcher.end(128 + signal.SIGINT)
-    assert "=> stopped at once" in error
-    with pytest.raises(ProcessLookupError):
-        os.kill(rank, 0)
+        assert "=> stopped at once" in error
+        while os.path.exists(f"/proc/{rank}") and "State:\tZ" not in Path(f"/proc/{rank}/status").read_text():
+            time.sleep(0.1)         # the system ends it, and launcher.limit this loop

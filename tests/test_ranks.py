@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import TINY, Fork, call, load, newest, two_ranks
+from helpers import PYTHON, ROOT, TINY, call, load, newest, run, two_ranks
 
 import lincls
 import train
@@ -13,20 +13,22 @@ import train
 pytestmark = [pytest.mark.usefixtures("no_gpu"), pytest.mark.slow]
 
 
-def test_two_ranks_train_the_classifiers_of_one(imagenet, tmp_path):
+@pytest.mark.parametrize("features", ["augmented", "cached"])
+def test_two_ranks_train_the_classifiers_of_one(features, pretrained, imagenet, tmp_path):
     """On unequal local batches, and a last batch of one image, with the same accuracies."""
-    command = ["--data", imagenet, *TINY, "--epochs", 3, "--seed", 1, "--lr", 0.1, 0.5, "--batch-size", 7,
-               "--train-percent", 62.5]
+    command = ["--data", imagenet, *TINY, "--pretrained", newest(pretrained[1], "checkpoint_0001.pth.tar"),
+               "--epochs", 3, "--seed", 1, "--lr", 0.1, 0.5, "--batch-size", 7, "--train-percent", 62.5,
+               "--features", features]
     call(lincls, *command, "--save_dir", tmp_path / "one")
     with two_ranks(lincls, *command, "--save_dir", tmp_path / "two") as (first, second):
         first.end()
-        assert second.end() == ["", ""]         # one log
-    one, two = (load(tmp_path / name) for name in ("one", "two"))
+        assert second.end() == ("", "")         # one log
     assert json.loads(newest(tmp_path / "two", "results.json").read_text())["ranks"] == 2
     subsets = [newest(tmp_path / name, "train_subset.txt").read_text() for name in ("one", "two")]
     assert subsets[0] == subsets[1]
     assert len(subsets[0].split()) == 15
-    for a, b in zip(one["classifiers"], two["classifiers"], strict=True):
+    classifiers = [load(tmp_path / name)["classifiers"] for name in ("one", "two")]
+    for a, b in zip(*classifiers, strict=True):
         assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in ("weight", "bias"))
         assert {key: a[key] for key in ("acc1", "acc5", "best_epoch")} == {
             key: b[key] for key in ("acc1", "acc5", "best_epoch")}
@@ -42,23 +44,26 @@ def test_finetuning_on_two_ranks_saves_what_it_validated(imagenet, tmp_path):
     assert evaluated[-1].split("Acc@1")[1] in next(line for line in lines if line.startswith(" * Epoch 1"))
 
 
-def test_unreadable_image_ends_every_rank(imagenet, tmp_path):
-    """A broken file in one rank's local batch must end both ranks at once, with the line that names it."""
+@pytest.mark.parametrize(("flags", "message"), [
+    ([], "3.jpg: not a readable image"),
+    (["--batch-size", 9], "--batch-size 9: cannot be split equally over 2 processes")])
+def test_an_error_ends_every_rank(flags, message, imagenet, tmp_path):
+    """At once, and with one line: whether it is one rank's, such as a broken file in its local batch, or all ranks'."""
     for k in range(8):
         source = imagenet / "train" / "n01440764" / f"n01440764_{k}.JPEG"
         (tmp_path / f"{k}.jpg").write_bytes(source.read_bytes() if k != 3 else b"broken")
-    command = ["--data_name", "folder", "--data", tmp_path, *TINY, "--save_dir", tmp_path / "saved"]
+    command = ["--data_name", "folder", "--data", tmp_path, *TINY, "--save_dir", tmp_path / "saved", *flags]
     with two_ranks(train, *command) as ranks:
         errors = "".join(rank.end(1, 2)[1] for rank in ranks)
     assert errors.count("train.py: error: ") == 1
-    assert f"train.py: error: {tmp_path}/3.jpg: not a readable image" in errors
+    assert message in errors
 
 
 def test_unreadable_image_ends_a_process_with_workers(imagenet, tmp_path):
     """The line, and the process must end although the workers leave signals to their rank."""
     shutil.copytree(imagenet, tmp_path / "data")
     (tmp_path / "data" / "train" / "n01440764" / "n01440764_3.JPEG").write_bytes(b"broken")
-    with Fork(train, "--data", tmp_path / "data", *TINY, "--workers", 2, "--save_dir", tmp_path / "saved") as process:
-        _, error = process.end(2)
+    _, error = run(PYTHON, ROOT / "train.py", "--data", tmp_path / "data", *TINY, "--workers", 2, "--save_dir",
+                   tmp_path / "saved", code=2)
     assert error.startswith(f"train.py: error: {tmp_path}/data/train/n01440764/n01440764_3.JPEG: not a readable")
     assert error.count("\n") == 1

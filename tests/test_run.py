@@ -44,13 +44,13 @@ def test_auto_takes_the_newest_intact_checkpoint(tmp_path, capsys):
 
 
 HOLD = """
-import os, sys, time, types
+import os, signal, sys, types
 from pathlib import Path
 from sogclr.run import Run
 Run(types.SimpleNamespace(start_epoch=None, seed=1), Path(sys.argv[1]), (), "")
 if os.fork() == 0:
     print("locked", flush=True)
-time.sleep(60)
+signal.pause()
 """
 
 
