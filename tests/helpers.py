@@ -89,7 +89,8 @@ def run(*command, code=0, **env):
         return process.end(code)
 
 
-# Forks processes from one that has imported these, since importing torch takes seconds; in the project folder, that is.
+# Forks processes from one that has imported these, since importing torch takes seconds. Before Python 3.13 it finds
+# them only in the working directory, which is the project folder.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "lincls"])
 
@@ -102,8 +103,7 @@ class Fork:
 
     def __init__(self, module, *args, sends=None):
         self.folder = tempfile.TemporaryDirectory()
-        files = [Path(self.folder.name) / name for name in ("output", "error")]
-        self.output, self.error = files
+        self.output, self.error = files = [Path(self.folder.name) / name for name in ("output", "error")]
         self.process = FORKS.Process(target=_launch, args=(module.__name__, list(map(str, args)), files, sends))
 
     def __enter__(self):
