@@ -29,7 +29,8 @@ for package in [*open("requirements.txt").read().split(), *sys.argv[1:]]:
     except PackageNotFoundError:
         missing.append(f"'{package}'")
 if missing:
-    print(f"PYTHON={sys.executable}: lacks packages, run {sys.executable} -m pip install", *missing, file=sys.stderr)
+    print(f"PYTHON={sys.executable}: lacks packages; leave PYTHON out, or run {sys.executable} -m pip install", *missing,
+          file=sys.stderr)
     sys.exit(2)
 CHECK
 fi

@@ -205,6 +205,5 @@ def resolve_precision(precision, device):
         if device.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "cpu" and precision != "fp32" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        log(f"=> note: --precision {precision}: many times slower than fp32 on this CPU, which lacks AVX-512; pass "
-            "--precision fp32")
+        log(f"=> note: on a CPU without AVX-512, {precision} is many times slower than fp32; pass --precision fp32")
     return precision, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]

@@ -76,7 +76,7 @@ def device_name(device):
 
 def device_names(device):
     """The run's devices, for people: `4 x NVIDIA H200`."""
-    return f"{world_size()} x {device_name(device)}" + ", this will be slow" * (device.type == "cpu")
+    return f"{world_size()} x {device_name(device)}"
 
 
 def environment_info(device):
