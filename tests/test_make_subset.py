@@ -84,4 +84,3 @@ def test_imagenet100_is_linked(tmp_path):
     assert sorted(path.name for path in (tmp_path / "subset" / "val").iterdir()) == sorted(classes)
     (tmp_path / "full" / "val" / classes[0]).rmdir()
     assert f"val/{classes[0]}" in run(PYTHON, tool, tmp_path / "full", tmp_path / "subset", code=2)[1]
-
