@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a clean clone to a first result: sets up .venv (or uses PYTHON=...), pretrains ResNet-18 with SogCLR on generated
 # images, and compares linear classifiers on the pretrained and on a random encoder. Needs no GPU and no data; takes
-# 3 minutes on two CPU cores after the installation, 3.5 without AVX-512. SEED=... for another seed (default 1).
+# 3 minutes on two CPU cores after the installation, 3.5 with AVX-512 off. SEED=... for another seed (default 1).
 set -euo pipefail
 [ $# = 0 ] || { echo "quickstart.sh: takes no arguments, only PYTHON=... and SEED=... in the environment" >&2; exit 2; }
 source "$(dirname "$0")/environment.sh"

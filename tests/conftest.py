@@ -2,36 +2,19 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import CLASSES, TINY, call, write_image
+from helpers import CLASSES, CLEAN_UP, PYTHON, TINY, call, write_image
 
 import train
 
-# Kills all that the tests have started once pytest has ended, in whatever way: that closes this process's input.
-CLEAN_UP = """
-import os, signal, sys
-sys.stdin.read()
-found = True
-while found:        # until there are none, since they may start others meanwhile
-    found = False
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                if sys.argv[1].encode() in file.read().split(b"\\0") and int(pid) != os.getpid():
-                    os.kill(int(pid), signal.SIGKILL)
-                    found = True
-        except OSError:
-            pass
-"""
-
 
 def pytest_configure(config):
+    """See that all that the tests have started is killed once pytest has ended, in whatever way."""
     if "SOGCLR_TESTS" not in os.environ:        # not in a worker of pytest-xdist
         os.environ["SOGCLR_TESTS"] = str(os.getpid())
-        config.clean_up = subprocess.Popen([sys.executable, "-I", "-c", CLEAN_UP, f"SOGCLR_TESTS={os.getpid()}"],
+        config.clean_up = subprocess.Popen([PYTHON, "-I", "-c", CLEAN_UP, f"SOGCLR_TESTS={os.getpid()}"],
                                            stdin=subprocess.PIPE, start_new_session=True)
 
 

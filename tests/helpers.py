@@ -28,7 +28,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = shlex.split("--arch resnet18 --image-size 32 --stem imagenet --batch-size 8 --workers 1 --print-freq 1")
 PYTHON = sys.executable
 TIMEOUT_SECONDS = 900       # for any process, also on a slow and busy machine: one that reaches it hangs
-MAY_FORK = "ignore:This process:DeprecationWarning"        # Python 3.12 on warns of loader workers
 
 # The authors' command for pretraining.
 PRETRAIN = """--lr=.075 --epochs=800 --batch-size=256 --learning-rate-scaling=sqrt --loss_type dcl --gamma 0.9
@@ -45,13 +44,33 @@ def write_image(path, seed, size=(48, 40)):
     small.resize(size, Image.Resampling.BICUBIC).save(path, "JPEG", quality=90)
 
 
+# Kills all processes with a variable in their environment once its input is closed.
+CLEAN_UP = """
+import os, signal, sys
+sys.stdin.read()
+found = True
+while found:        # until there are none, since they may start others meanwhile
+    found = False
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                if sys.argv[1].encode() in file.read().split(b"\\0") and int(pid) != os.getpid():
+                    os.kill(int(pid), signal.SIGKILL)
+                    found = True
+        except OSError:
+            pass
+"""
+
+
 class Process(subprocess.Popen):
     """A process on the CPU, with one thread and pipes for its output, whose warnings are errors. It and what it has
     started are killed after TIMEOUT_SECONDS, and, as a context manager, on exit.
     """
 
     def __init__(self, *command, cwd=ROOT, **env):
-        defaults = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": f"error,{MAY_FORK}"}
+        defaults = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                    # Python 3.12 on warns of the fork of loader workers.
+                    "PYTHONWARNINGS": "error,ignore:This process:DeprecationWarning"}
         super().__init__(list(map(str, command)), cwd=cwd, env=os.environ | defaults | env, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         self.limit = threading.Timer(TIMEOUT_SECONDS, self.kill_all)
@@ -128,7 +147,7 @@ def _launch(name, args, files, sends):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "This process", DeprecationWarning)       # as MAY_FORK
+    warnings.filterwarnings("ignore", "This process", DeprecationWarning)       # as in Process
     torch.set_num_threads(1)
     if sends:
         send_in_step(*sends)

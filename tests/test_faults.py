@@ -208,10 +208,16 @@ def test_a_second_ctrl_c_ends_a_process_that_hangs(imagenet, tmp_path):
         for number in (signal.SIGUSR1, signal.SIGTERM):
             launcher.send_signal(number)
             time.sleep(AGAIN_SECONDS + 1)
+            assert launcher.poll() is None
         while launcher.poll() is None:      # twice if it has heard of the first ones late
             launcher.send_signal(signal.SIGINT)
             time.sleep(1)
         _, error = launcher.end(128 + signal.SIGINT)
         assert "=> stopped at once" in error
-        while os.path.exists(f"/proc/{rank}") and "State:\tZ" not in Path(f"/proc/{rank}/status").read_text():
-            time.sleep(0.1)         # the system ends it, and launcher.limit this loop
+        for _ in range(600):        # the system takes a moment to end it
+            status = Path(f"/proc/{rank}/status")
+            if not status.exists() or "State:\tZ" in status.read_text():
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("the rank was left behind")

@@ -1,14 +1,10 @@
 """A run's folder: who may write to it, and which checkpoint it resumes from."""
 
-import os
-import signal
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import PYTHON, Process
 
 from sogclr import InputError, checkpoint
 from sogclr.run import Run
@@ -56,15 +52,13 @@ signal.pause()
 
 def test_a_second_run_in_one_folder_is_refused(tmp_path):
     """As long as the first is alive, and no longer, although its forked workers may linger."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=Path(__file__).parents[1], text=True,
-                          stdout=subprocess.PIPE, start_new_session=True) as holder:
-        assert holder.stdout.readline() == "locked\n"
+    with Process(PYTHON, "-c", HOLD, tmp_path) as holder:
+        holder.wait_for("locked")
         with pytest.raises(InputError, match=rf"another run is writing to it \(process {holder.pid} on"):
             open_run(tmp_path, "auto", ())
         holder.kill()
         holder.wait()
         open_run(tmp_path, "auto", ())
-        os.killpg(holder.pid, signal.SIGKILL)
 
 
 def test_run_is_not_overwritten(tmp_path):
