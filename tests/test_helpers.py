@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 
-from helpers import CLEAN_UP, PYTHON
+from helpers import CLEAN_UP, PYTHON, TIMEOUT_SECONDS
 
 
 def test_nothing_is_left_behind():
@@ -15,8 +15,9 @@ def test_nothing_is_left_behind():
                                       start_new_session=True) for text in (value, value + "0"))
     with marked, other:
         assert marked.stdout.readline() == other.stdout.readline() == b"started\n"
-        subprocess.run([PYTHON, "-I", "-c", CLEAN_UP, f"{name}={value}"], input=b"", check=True)
-        assert marked.wait() == -signal.SIGKILL
+        subprocess.run([PYTHON, "-I", "-c", CLEAN_UP, f"{name}={value}"], input=b"", check=True,
+                       timeout=TIMEOUT_SECONDS)
+        assert marked.wait(TIMEOUT_SECONDS) == -signal.SIGKILL
         assert marked.stdout.read() == b""      # sleep, which has it too, is gone
         assert other.poll() is None
         os.killpg(other.pid, signal.SIGKILL)
