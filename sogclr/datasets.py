@@ -2,12 +2,13 @@
 
 import dataclasses
 import os
+import zlib
 from pathlib import Path
 
 import torchvision
 
 from sogclr import InputError
-from sogclr.distributed import barrier, local_rank, log
+from sogclr.distributed import barrier, broadcast_int, local_rank, log, rank
 from sogclr.files import ImageFiles
 from sogclr.shapes import Shapes
 
@@ -42,7 +43,7 @@ def open_data_set(name, folder, split, image_size=None, labels=True):
     """Open the data set called `name` (see `--data_name`).
 
     folder: its location, `data/<name>` if None; split: "train" or "val"; image_size: of the crops, None for the data
-    set's default; labels: whether classes are needed. Raises InputError if images are missing.
+    set's default; labels: whether classes are needed. Raises InputError if images are missing, or differ among ranks.
     """
     folder = Path(folder or Path("data") / name)
     if name == "shapes":
@@ -51,7 +52,12 @@ def open_data_set(name, folder, split, image_size=None, labels=True):
         images = _cifar(name, folder, split)
     else:
         images = _image_folder(name, folder, split, labels)
-    return ImageSet(images, image_size or default_image_size(name), *MEAN_STD.get(name, IMAGENET_MEAN_STD))
+    data = ImageSet(images, image_size or default_image_size(name), *MEAN_STD.get(name, IMAGENET_MEAN_STD))
+    here = zlib.crc32(data.fingerprint.encode())
+    if here != broadcast_int(here):     # each rank lists its machine's folder
+        raise InputError(f"--data {folder}: rank {rank()} sees other images ({data.fingerprint}) than rank 0, give all "
+                         "machines the same")
+    return data
 
 
 def default_image_size(name):
@@ -65,9 +71,12 @@ def open_train_and_val(name, folder, image_size=None, train=None):
     """
     train = train or open_data_set(name, folder, "train", image_size)
     val = open_data_set(name, folder, "val", image_size)
-    if train.images.classes != val.images.classes:
+    classes, others = train.images.classes, val.images.classes
+    if classes != others:
+        first = min(set(classes) ^ set(others))
         raise InputError(f"--data {folder or Path('data') / name}: train and val have different classes "
-                         f"({len(train.images.classes)} and {len(val.images.classes)}), make their folders the same")
+                         f"({len(classes)} and {len(others)}), '{first}' is only in "
+                         f"{'train' if first in classes else 'val'}, make their folders the same")
     return train, val
 
 
@@ -84,7 +93,7 @@ def _image_folder(name, folder, split, labels):
     try:
         images = ImageFiles(root, labels)
     except OSError as error:
-        raise InputError(f"--data {root}: cannot be listed: {error.strerror}") from error
+        raise InputError(f"--data {root}: cannot be listed: {os.fsdecode(error.filename)}: {error.strerror}") from error
     classes = {"imagenet1000": 1000, "imagenet100": 100}.get(name)
     if split == "train" and classes not in (None, len(images.classes)):
         log(f"=> note: {root} has {len(images.classes)} classes, not the {classes} of {name}; "

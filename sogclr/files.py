@@ -3,21 +3,29 @@
 import hashlib
 import os
 import time
+import warnings
 from array import array
+from collections import Counter
 
 import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from sogclr import InputError
+from sogclr import InputError, one_line
 from sogclr.distributed import log
+
+# Folders that systems add, besides those whose names begin with a dot.
+_LITTER = (b"__MACOSX", b"@eaDir", b"#recycle", b"@Recycle", b"$RECYCLE.BIN", b"System Volume Information",
+           b"lost+found")
+_BITS_PER_SAMPLE = 258      # a tag of TIFF files
 
 
 class ImageFiles:
     """`files[i] -> (RGB image, label)` for every image file in a tree, in the order of torchvision's ImageFolder.
 
     root: the folder; labels: whether its subfolders are classes (else every image has label 0, and images may be
-    anywhere in it). Raises InputError if there are no images, or a class has none.
+    anywhere in it). Hidden files and folders, those that systems add, and folders that are listed already are left out,
+    which is logged. Raises InputError if there are no images, or a class has none; OSError if a folder cannot be read.
 
     The names are one byte array and the rest are number arrays. Forked workers share their pages with the parent and,
     with no reference counts to update, never copy them; each would copy a list of 14 million Python strings. Memory for
@@ -26,15 +34,17 @@ class ImageFiles:
     """
 
     def __init__(self, root, labels):
-        self.root = os.fsencode(root)
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if labels else ["."]
+        self.root, left_out = os.fsencode(root), _LeftOut()
+        above = _with_parents(os.path.realpath(self.root))
+        self.classes = sorted(_classes(self.root, above, left_out)) if labels else ["."]
         if not self.classes:
             raise InputError(f"--data {root}: has no class folders, it must contain <class>/<image files>")
         names, ends, targets = bytearray(), array("q", [0]), array("i")
         last_line = time.monotonic()
         for label, folder in enumerate(self.classes):
             before = len(targets)
-            for path in _image_paths(os.path.join(self.root, os.fsencode(folder)) if labels else self.root):
+            start = os.path.join(self.root, os.fsencode(folder)) if labels else self.root
+            for path in _image_paths(start, above - {os.path.realpath(start)}, left_out):
                 names += path[len(self.root) + 1:]
                 ends.append(len(names))
                 targets.append(label)
@@ -43,7 +53,10 @@ class ImageFiles:
                     log(f"=> listing {root}: {len(targets)} images, folder {label + 1} of {len(self.classes)}")
             if len(targets) == before:
                 raise InputError(f"--data {root}: contains no images" + (f" of class '{folder}'" if labels else "")
-                                 + f" (files named {', '.join(IMG_EXTENSIONS)})")
+                                 + f" (files named {', '.join(IMG_EXTENSIONS)})"
+                                 + "".join(f"; {line}" for line in left_out.lines(0)))
+        for line in left_out.lines(len(targets)):
+            log(f"=> note: {root}: {line}")
         self.names = np.frombuffer(names, dtype=np.uint8)
         self.ends = np.frombuffer(ends, dtype=np.int64)
         self.targets = np.frombuffer(targets, dtype=np.int32)
@@ -61,25 +74,121 @@ class ImageFiles:
         return os.path.join(self.root, self.names[self.ends[i]:self.ends[i + 1]].tobytes())
 
     def __getitem__(self, i):
-        """Raises InputError if the file is not a readable image."""
+        """Raises InputError if the file is not a readable image. Pillow's warnings are given with the file's name."""
         path = self.path(i)
+        name = _text(path)
         try:
-            with open(path, "rb") as file:
-                image = Image.open(file)
-                image.load()
-                if image.mode == "P" and "transparency" in image.info:
-                    image = image.convert("RGBA")       # the same colors; Pillow warns about converting directly
-                return image if image.mode == "RGB" else image.convert("RGB"), int(self.targets[i])
+            with open(path, "rb") as file, warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                image = _to_rgb(Image.open(file))
         except Exception as error:      # a damaged file can make a decoder raise anything
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
-            name = path.decode("utf-8", "backslashreplace")
             raise InputError(f"{name}: not a readable image ({reason.replace(name, 'it').splitlines()[0]}), "
                              "remove or replace it, or use --bad-images skip") from error
+        for warning in caught:
+            warnings.warn(f"{name}: {one_line(warning.message)}", stacklevel=2)
+        return image, int(self.targets[i])
 
 
-def _image_paths(folder):
-    """Paths of the image files below a folder, as bytes, in ImageFolder's order. Follows links."""
-    for parent, _, files in sorted(os.walk(folder, followlinks=True), key=lambda entry: entry[0]):
+def _to_rgb(image):
+    """Decode a PIL image as 8-bit RGB. 16-bit gray is scaled, since Pillow would clip it. Raises ValueError for pixels
+    of 32 bits, whose range is unknown.
+    """
+    image.load()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]         # a TIFF's can also be 12
+        image = Image.fromarray((np.asarray(image) * (255 / (2**bits - 1))).round().clip(0, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}, whose range of values is unknown: convert it to 8 or 16 bits")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")       # the same colors; Pillow warns about converting directly
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+class _LeftOut:
+    """Counts what a listing leaves out, by name, and files that are not images, by ending."""
+
+    def __init__(self):
+        self.hidden, self.repeated, self.beside, self.endings = Counter(), Counter(), Counter(), Counter()
+
+    def lines(self, images):
+        """What the user should know about a listing with this many images."""
+        for names, what in ((self.hidden, "hidden or system files and folders"),
+                            (self.repeated, "links to folders above it or listed already"),
+                            (self.beside, "images beside the class folders")):
+            if names:
+                yield f"left out {names.total()} {what}, such as '{_text(min(names))}'"
+        if 10 * self.endings.total() > images:
+            counts = ", ".join(f"{count} {_text(ending) or 'without ending'}"
+                               for ending, count in self.endings.most_common(5)) + ", ..." * (len(self.endings) > 5)
+            yield (f"{self.endings.total()} files are not read as images ({counts}), only those named "
+                   + ", ".join(IMG_EXTENSIONS))
+
+
+def _scan(folder, left_out):
+    """What is directly in a folder: its subfolders, [(path, whether it is a link)], and the names of its image files,
+    all in bytes.
+    """
+    folders, files = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            link, ending = entry.is_symlink(), os.path.splitext(entry.name)[1].lower()
+            is_folder = os.path.isdir(entry.path) if link else entry.is_dir()
+            is_image = os.fsdecode(ending) in IMG_EXTENSIONS
+            if entry.name.startswith(b".") or entry.name in _LITTER:
+                left_out.hidden.update([entry.name] * (is_folder or is_image))
+            elif is_folder:
+                folders.append((entry.path, link))
+            elif is_image:
+                files.append(entry.name)
+            else:
+                left_out.endings[ending] += 1
+    return folders, files
+
+
+def _classes(root, above, left_out):
+    """Names of the subfolders. A link to a folder above is not a class."""
+    folders, images = _scan(root, left_out)
+    left_out.beside.update(images)
+    for path, _ in folders:
+        if os.path.realpath(path) in above:
+            left_out.repeated[path] += 1
+        else:
+            yield os.fsdecode(os.path.basename(path))
+
+
+def _image_paths(start, above, left_out):
+    """Paths of the image files below a folder, as bytes, in ImageFolder's order.
+
+    Follows links, but enters each folder once and none of those above, where a link would lead back here: images would
+    be listed many times, or without end. Folders that are there without a link come first.
+    """
+    entered, found, links = set(above), [], [start]
+    while links:
+        folders = [links.pop(links.index(min(links)))]
+        while folders:
+            folder = folders.pop()
+            real = os.path.realpath(folder)
+            if real in entered:
+                left_out.repeated[folder] += 1
+                continue
+            entered.add(real)
+            inside, files = _scan(folder, left_out)
+            found.append((folder, files))
+            for path, is_link in inside:
+                (links if is_link else folders).append(path)
+    for folder, files in sorted(found):
         for name in sorted(files):
-            if os.fsdecode(name).lower().endswith(IMG_EXTENSIONS):
-                yield os.path.join(parent, name)
+            yield os.path.join(folder, name)
+
+
+def _with_parents(path):
+    """The path itself and all folders above it."""
+    paths = {path}
+    while (parent := os.path.dirname(path)) != path:
+        paths.add(path := parent)
+    return paths
+
+
+def _text(name):
+    return name.decode("utf-8", "backslashreplace")

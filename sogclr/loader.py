@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -59,8 +60,12 @@ def random_crop(image, rng, size, scale):
 def center_view(image, size):
     """PIL -> uint8 [3, size, size] as in ImageNet evaluation: resize to 256, center crop 224 (in proportion).
 
-    Up to 32 pixels the whole image is used.
+    Up to 32 pixels the whole image is used. Of an image more than 16 times as long as wide, resized at full length it
+    would take gigabytes, only the middle is resized.
     """
+    short = min(image.size)
+    # Its length has the image's parity, so that the middle stays the middle.
+    image = center_crop(image, [min(length, 16 * short + length % 2) for length in reversed(image.size)])
     return pil_to_tensor(center_crop(resize(image, size if size <= 32 else size * 256 // 224), [size, size]))
 
 
@@ -69,10 +74,13 @@ def center_view(image, size):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
-    """What a worker returns: the batch itself, and the images it could not read, as {index: one line}."""
+    """What a worker returns: the batch itself, the images that it could not read, and the warnings while it read the
+    others, both as {index: one line}.
+    """
 
     content: tuple
     bad: dict
+    warned: dict
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -99,23 +107,28 @@ class _Batches(torch.utils.data.Dataset):
             return error
 
     def read(self, wanted, replacements):
-        """Read the wanted images, [(index, RGB image, label)], and report the unreadable ones, {index: one line}.
+        """Read the wanted images, [(index, RGB image, label)]; report the unreadable ones, and warnings about others,
+        each as {index: one line}.
 
         A skipped image is replaced by the next readable replacement, under the replacement's own index: an estimator
         must only see its own image.
         """
-        good, bad, replacements = [], {}, iter(replacements)
+        good, bad, warned, replacements = [], {}, {}, iter(replacements)
         for index in wanted:
             while index is not None:
                 try:
-                    good.append((index, *self.images[index]))
+                    with warnings.catch_warnings(record=True) as caught:
+                        warnings.simplefilter("always")
+                        good.append((index, *self.images[index]))
+                    if caught:
+                        warned[index] = str(caught[0].message)
                     break
                 except InputError as error:
                     if self.bad_images == "stop":
                         raise
                     bad[index] = str(error)
                     index = next(replacements, None)
-        return good, bad
+        return good, bad, warned
 
     def generator(self, epoch, index):
         return np.random.default_rng((self.seed, _VIEWS, epoch, index))
@@ -135,12 +148,12 @@ class TwoViewBatches(_Batches):
         self.bytes_per_image *= 2 * (4 if recipe else 1)
 
     def make(self, epoch, wanted, replacements):
-        good, bad = self.read(wanted, replacements)
+        good, bad, warned = self.read(wanted, replacements)
         if len(good) < len(wanted):
             raise InputError(f"--bad-images skip: {len(bad)} unreadable images in one batch and its replacements, "
                              f"e.g. {next(iter(bad.values()))}")
         views = self.with_recipe(epoch, good) if self.recipe else self.with_crops(epoch, good)
-        return Batch((*views, torch.tensor([index for index, _, _ in good])), bad)
+        return Batch((*views, torch.tensor([index for index, _, _ in good])), bad, warned)
 
     def with_crops(self, epoch, good):
         crops = torch.empty(2, len(good), self.size, self.size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
@@ -174,14 +187,14 @@ class LabeledBatches(_Batches):
         self.augment = augment
 
     def make(self, epoch, wanted, replacements):
-        good, bad = self.read(wanted, replacements if self.augment else ())
+        good, bad, warned = self.read(wanted, replacements if self.augment else ())
         crops = torch.empty(len(good), self.size, self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for row, (index, image, _) in enumerate(good):
             if self.augment:
                 crops[row] = random_crop(pil_to_tensor(image), self.generator(epoch, index), self.size, (0.08, 1.0))
             else:
                 crops[row] = center_view(image, self.size)
-        return Batch((crops, torch.tensor([label for _, _, label in good], dtype=torch.int64)), bad)
+        return Batch((crops, torch.tensor([label for _, _, label in good], dtype=torch.int64)), bad, warned)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,10 +255,12 @@ class Loader:
     """
 
     MOST_BAD = 0.01     # fraction of a rank's images in an epoch; more stop the run even if skipped
+    MOST_WARNINGS = 20
 
     def __init__(self, batches, batch_size, workers, device, **order):
         self.sampler = EpochSampler(len(batches), batch_size, **order)
-        self.num_images, self.device, self.reported = len(batches), device, set()
+        self.num_images, self.device = len(batches), device
+        self.skipped, self.warned = set(), set()        # indices that have been reported
         workers = workers_per_rank(workers)
         local_batch = -(-batch_size // world_size()) * batches.bytes_per_image
         through_pipes = workers > 0 and not _fits_shared_memory(workers * ranks_here() * 3 * local_batch)   # 2 ahead
@@ -270,19 +285,25 @@ class Loader:
             if isinstance(batch, InputError):
                 raise batch
             bad_now += len(batch.bad)
-            self.report(batch.bad)
+            self.report(batch)
             if bad_now > allowed:
                 raise InputError(f"--bad-images skip: {bad_now} unreadable images so far in epoch {epoch}, more than "
                                  f"{self.MOST_BAD:.0%} of the data set, e.g. {next(iter(batch.bad.values()))}")
             *images, last = batch.content
             yield *(_to_device(part, self.device) for part in images), torch.as_tensor(last)
 
-    def report(self, bad):
-        """Report each unreadable file once, on the rank that read it."""
-        for index, line in bad.items():
-            if index not in self.reported:
-                self.reported.add(index)
-                print(f"=> skipped {line} ({len(self.reported)} skipped by rank {rank()})", file=sys.stderr, flush=True)
+    def report(self, batch):
+        """Report each file that is unreadable, or that a warning is about, once, on the rank that read it."""
+        for index in batch.bad.keys() - self.skipped:
+            self.skipped.add(index)
+            print(f"=> skipped {batch.bad[index]} ({len(self.skipped)} skipped by rank {rank()})",
+                  file=sys.stderr, flush=True)
+        for index in batch.warned.keys() - self.warned:
+            self.warned.add(index)
+            if len(self.warned) <= self.MOST_WARNINGS:
+                print(f"=> warning: {batch.warned[index]}"
+                      + " (further warnings are not printed)" * (len(self.warned) == self.MOST_WARNINGS),
+                      file=sys.stderr, flush=True)
 
 
 def _to_device(part, device):

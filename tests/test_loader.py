@@ -2,16 +2,12 @@
 
 import math
 import multiprocessing
-import os
 import shutil
 import subprocess
-import warnings
-import zlib
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 import torchvision.transforms as T
 from PIL import Image
 
@@ -217,30 +213,6 @@ def test_folder_takes_any_tree(imagenet, tmp_path):
     assert len(open_data_set("folder", imagenet / "val", "train", labels=False).images) == 9
 
 
-def test_files_are_those_of_torchvision(imagenet, tmp_path):
-    """Files, labels and their order must be ImageFolder's, on a tree with nested folders, links and odd names."""
-    for name in ("b/x.PNG", "b/a-b/1.jpg", "b/a/1.jpg", "b/a/0.JPEG", "b/note.txt", "a/é ü.jpeg", "a/x.jpg/inner.png",
-                 "c/z.webp"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "c" / "link").symlink_to(imagenet / "val")
-    (tmp_path / "c" / "broken.jpg").symlink_to("nowhere")
-    theirs = torchvision.datasets.ImageFolder(tmp_path)
-    ours = ImageFiles(tmp_path, labels=True)
-    assert [(os.fsdecode(ours.path(i)), int(ours.targets[i])) for i in range(len(ours))] == theirs.samples
-    assert ours.classes == theirs.classes
-
-
-def test_list_of_files_is_compact(imagenet):
-    """Only arrays may grow with the number of files, by one byte per character and 12 per image: no Python object per
-    file, whose reference count would make every worker copy its page.
-    """
-    files = ImageFiles(imagenet / "train", labels=True)
-    arrays = {name: value for name, value in vars(files).items() if isinstance(value, np.ndarray)}
-    assert {name: value.dtype.itemsize for name, value in arrays.items()} == {"names": 1, "ends": 8, "targets": 4}
-    assert [len(value) for name, value in vars(files).items() if name not in {*arrays, "root"}] == [3]     # classes
-
-
 def test_epoch_restarts_at_any_step(data, monkeypatch):
     """From step k on the batches must be those of the whole epoch, and earlier ones must not be read."""
     whole = epoch_of(data, 1, 0)
@@ -262,76 +234,6 @@ def test_shapes_are_the_same_everywhere(split):
     assert np.bincount(one.targets).tolist() == [len(one) // 10] * 10
     other = open_data_set("shapes", None, "val" if split == "train" else "train").images
     assert one[0][0].tobytes() != other[0][0].tobytes()
-
-
-def put(folder, name, image, **options):
-    image.save(folder / name, **options)
-
-
-@pytest.fixture
-def zoo(tmp_path):
-    """A folder of everything that is an image, as `good`, and everything that only looks like one, as `bad`."""
-    rng = np.random.default_rng(0)
-    rgb = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
-    good, bad = tmp_path / "good", tmp_path / "bad"
-    good.mkdir()
-    bad.mkdir()
-    put(good, "gray.jpg", rgb.convert("L"))
-    put(good, "palette.png", rgb.convert("P"))
-    put(good, "transparent.png", rgb.convert("P"), transparency=bytes(range(256)))
-    put(good, "rgba.png", rgb.convert("RGBA"))
-    put(good, "cmyk.jpg", rgb.convert("CMYK"))
-    put(good, "one_bit.png", rgb.convert("1"))
-    put(good, "deep.png", Image.fromarray(rng.integers(0, 65536, (40, 50), dtype=np.uint16)))
-    put(good, "one_wide.png", rgb.resize((1, 300)))
-    put(good, "one_high.png", rgb.resize((300, 1)))
-    put(good, "one_pixel.png", rgb.resize((1, 1)))
-    put(good, "animated.webp", rgb, save_all=True, append_images=[rgb.rotate(90)])
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    put(good, "rotated.jpg", rgb, exif=exif)
-    put(good, "png_inside.JPEG", rgb, format="PNG")
-    put(good, os.fsdecode(b"latin\xe9.jpg"), rgb)
-    (bad / "empty.jpg").write_bytes(b"")
-    (bad / "text.jpg").write_text("hello")
-    (bad / "broken_link.png").symlink_to("nowhere")
-    for kind in ("jpg", "png", "webp"):
-        put(bad, f"whole.{kind}", rgb)
-        content = (bad / f"whole.{kind}").read_bytes()
-        (bad / f"whole.{kind}").unlink()
-        (bad / f"truncated.{kind}").write_bytes(content[:len(content) // 2])
-    header = bytearray((good / "rgba.png").read_bytes())
-    header[16:24] = (60000).to_bytes(4, "big") * 2              # a decompression bomb: 3.6 gigapixels
-    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
-    (bad / "bomb.png").write_bytes(header)
-    (bad / "folder.jpg").mkdir()                                # not a file: not listed
-    return good, bad
-
-
-def test_every_kind_of_image_is_read_as_torchvision_does(zoo):
-    """Gray, palette, alpha, CMYK, 16 bit, 1 pixel wide, animated, EXIF-rotated, misnamed, oddly named: torchvision's
-    pixels, and views of the right size.
-    """
-    files = ImageFiles(zoo[0], labels=False)
-    assert len(files) == 14
-    for i in range(len(files)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)        # Pillow's, on the palette that we read in two steps
-            expected = torchvision.datasets.folder.pil_loader(os.fsdecode(files.path(i)))
-        assert files[i][0].tobytes() == expected.tobytes(), files.path(i)
-        crop = random_crop(T.functional.pil_to_tensor(files[i][0]), np.random.default_rng(i), 24, (0.08, 1.0))
-        assert crop.shape == center_view(files[i][0], 24).shape == (3, 24, 24)
-
-
-def test_every_kind_of_bad_file_is_one_line(zoo):
-    """Zero bytes, text, truncated, a bomb, a broken link: an InputError of one line that names the file."""
-    files = ImageFiles(zoo[1], labels=False)
-    assert len(files) == 7
-    for i in range(len(files)):
-        with pytest.raises(InputError, match="not a readable image") as caught:
-            files[i]
-        assert str(caught.value).startswith(os.fsdecode(files.path(i)) + ": ")
-        assert "\n" not in str(caught.value)
 
 
 @pytest.fixture
@@ -411,3 +313,42 @@ def test_pil_recipe_has_statistically_equal_views(imagenet):
         again = stage(views.make(0, list(range(24)), []).content[0])
         assert torch.equal(pixels[:24], again)
     assert (moments[0] - moments[1]).abs().max() < 0.08
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_warnings_name_the_file_once(imagenet, workers, tmp_path, monkeypatch, capfd):
+    """What Pillow warns about must be said once, with the file's name, not by every worker in every epoch; and no more
+    than some such lines.
+    """
+    monkeypatch.setattr(Loader, "MOST_WARNINGS", 3)
+    for i in range(12):
+        image = Image.open(imagenet / "val" / "n01440764" / "n01440764_0.JPEG")
+        exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0" * (i % 6 < 2)      # cut off in its first entry
+        image.save(tmp_path / f"{i:02d}.jpg", exif=exif)
+    batches = make_loader(open_data_set("folder", tmp_path, "train", 24, labels=False), 0, 6, workers)
+    for epoch in range(3):
+        assert len(list(batches.epoch(epoch))) == 2
+    lines = capfd.readouterr().err.splitlines()
+    names = {f"{i:02d}.jpg" for i in (0, 1, 6, 7)}
+    assert len(lines) == len({line.split(": ")[1] for line in lines}) == 3
+    for line in lines:
+        assert line.removeprefix(f"=> warning: {tmp_path}/").split(": ")[0] in names
+        assert ": Corrupt EXIF data." in line
+    assert lines[-1].endswith(" (further warnings are not printed)")
+
+
+@pytest.mark.parametrize("size", [(20, 331), (331, 20), (21, 500), (12, 30_000), (30_000, 11)])
+def test_long_images_are_cropped_before_they_are_resized(size, monkeypatch):
+    """The center of an image more than 16 times as long as wide must be that of the whole image resized, without ever
+    resizing all of it.
+    """
+    smooth = np.random.default_rng(0).integers(0, 256, (*(max(side // 20, 1) for side in size), 3), dtype=np.uint8)
+    image = Image.fromarray(smooth).resize(size[::-1])
+    resized = []
+    original = loader.resize
+    monkeypatch.setattr(loader, "resize", lambda *args: resized.append(original(*args)) or resized[-1])
+    ours = center_view(image, 56)
+    assert max(resized[0].size) <= 64 * 17
+    if max(size) < 1000:
+        theirs = T.functional.pil_to_tensor(T.functional.center_crop(T.functional.resize(image, 64), [56, 56]))
+        assert (ours.int() - theirs.int()).abs().max() <= 8
