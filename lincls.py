@@ -36,7 +36,7 @@ from sogclr.launch import launch
 from sogclr.loader import LabeledBatches, Loader, check_batch_size
 from sogclr.meters import AverageMeter, Progress, correct_in_top
 from sogclr.optimizer import lr_at
-from sogclr.run import Run
+from sogclr.run import Run, file_name
 from sogclr.subset import Subset, balanced_indices
 
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "best_acc1", "best_epoch")
@@ -63,8 +63,8 @@ def build_parser():
                           help="no training: classify validation images by their 20 or 200 nearest training images "
                                "(weighted, temperature 0.07)")
     protocol.add_argument("--train-percent", default=100.0, type=number(float, "(0, 100]"), metavar="P",
-                          help="percentage of the training images to use, the same number per class, chosen by the "
-                               "seed and listed in train_subset.txt")
+                          help="percentage of the training images to use, the same number per class and at least one, "
+                               "chosen by the seed and listed in train_subset.txt")
     protocol.add_argument("--finetune", action="store_true", help="also train the encoder, all layers")
     protocol.add_argument("--encoder-lr", type=number(float, "(0, inf)"), metavar="LR",
                           help="with --finetune: the encoder's base learning rate, scaled like --lr (default: a tenth "
@@ -97,11 +97,11 @@ def grid(args):
                                     for value in (args.lr, args.weight_decay))))
 
 
-def protocol(args):
-    """The protocol's name, for people."""
+def protocol(args, percent):
+    """The protocol's name, for people. percent: of the training images that are used."""
     name = "kNN evaluation" if args.knn else "fine-tuning" if args.finetune else "linear evaluation"
     return (name + " with cached features" * (args.features == "cached")
-            + (f" on {args.train_percent:g} % of the training images" if args.train_percent < 100 else ""))
+            + (f" on {percent:.3g} % of the training images" if percent < 100 else ""))
 
 
 def run_folder(args):
@@ -114,9 +114,9 @@ def run_folder(args):
     lrs, decays = (",".join(f"{value:g}" for value in dict.fromkeys(values))
                    for values in zip(*grid(args), strict=True))
     how = f"bz_{args.batch_size}_E{args.epochs}_lr_{lrs}_wd_{decays}_m_{args.momentum:g}" if not args.knn else "knn"
-    return (Path(args.save_dir) / f"linear_eval_{encoder}"
-            / (f"{part}_{how}_data_{data_label(args)}"
-               + non_defaults(PARSER, args, ("stem", "image_size", "precision", "seed", *PROTOCOL_FLAGS))))
+    settings = non_defaults(PARSER, args, ("stem", "image_size", "precision", "seed", *PROTOCOL_FLAGS))
+    return (Path(args.save_dir) / file_name(f"linear_eval_{encoder}", 255)
+            / file_name(f"{part}_{how}_data_{data_label(args)}{settings}"))
 
 
 def main_worker(args, device):
@@ -145,12 +145,14 @@ class Evaluation:
         if args.evaluate and not run.saved:
             raise InputError(f"-e/--evaluate: {run.folder} has no run yet, pass a checkpoint with --resume PATH")
         pretrained, self.pretraining = read_encoder(args, run)
+        images = self.train_data.images
         if args.train_percent < 100:
-            images = self.train_data.images
             few = Subset(images, balanced_indices(images.targets, args.train_percent, run.seed))
             self.train_data = dataclasses.replace(self.train_data, images=few)
             if rank() == 0 and not args.evaluate:
                 few.write_list(run.folder / "train_subset.txt")
+        used = 100 * len(self.train_data.images) / len(images)      # more if that is less than an image per class
+        self.protocol = protocol(args, used)
         stem = choose_stem(args.stem, image_size)
         if pretrained:
             stem = "cifar" if pretrained["conv1.weight"].shape[-1] == 3 else "imagenet"
@@ -161,7 +163,7 @@ class Evaluation:
         num_features, network.fc = network.fc.in_features, nn.Identity()
         rows = run.saved.get("classifiers", ()) if args.evaluate else ()        # all that are in the file
         pairs = [(row["lr"], row["weight_decay"]) for row in rows] or grid(args)
-        self.classifiers = Classifiers(num_features, len(self.classes), pairs).to(device)
+        self.classifiers = Classifiers(num_features, self.classes, pairs).to(device)
         if pretrained:
             load_encoder(network, pretrained, run.source if run.saved else f"--pretrained {args.pretrained}")
         # The crops are already channels_last, and gradients should have the layout of their weights.
@@ -172,7 +174,7 @@ class Evaluation:
         self.settings = vars(args) | {"seed": run.seed, "precision": precision, "stem": stem, "image_size": image_size,
                                       "images": fingerprint,
                                       "encoder_lr": (args.encoder_lr or args.lr / 10) if args.finetune else None}
-        log(f"=> {protocol(args)}, encoder {args.pretrained or run.resume or 'random'} "
+        log(f"=> {self.protocol}, encoder {args.pretrained or run.resume or 'random'} "
             f"({args.arch}, {stem} stem, {precision}), on {report.device_names(device)}")
         log(f"=> {args.data_name}: {len(self.train_data.images)} training and {len(self.val_data.images)} validation "
             f"images of {image_size} pixels, {len(self.classes)} classes, seed {run.seed}"
@@ -195,7 +197,7 @@ class Evaluation:
         """Write the run's results as JSON. `encoder`: its pretraining settings, if pretrained by train.py."""
         log(f"=> {path}" + ": replaces that of an earlier run" * path.exists())
         report.write_json(path, {
-            "protocol": protocol(self.args), "pretrained": self.args.pretrained or None, **self.pretraining,
+            "protocol": self.protocol, "pretrained": self.args.pretrained or None, **self.pretraining,
             **measured, "classes": len(self.classes), "train_images": len(self.train_data.images),
             "val_images": len(self.val_data.images), "seconds": round(time.perf_counter() - self.started, 1),
             "settings": self.settings, **report.environment_info(self.device)})
@@ -242,8 +244,8 @@ def evaluate_saved(evaluation):
     batches = FreshFeatures(evaluation.encode, evaluation.loader(evaluation.val_data))
     classifiers.record(validate(classifiers, batches, classifiers, evaluation.device))
     file = Path(run.resume)
-    evaluation.write_results(file.with_name(f"results_{file.name.split('.')[0]}.json"), evaluated=str(file),
-                             classifiers=classifiers.scores, chosen=classifiers.chosen)
+    evaluation.write_results(file.with_name(file_name(f"results_{file.name.split('.')[0]}") + ".json"),
+                             evaluated=str(file), classifiers=classifiers.scores, chosen=classifiers.chosen)
     if len(classifiers) > 1:
         log(classifiers.table())
     log(" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}".format(**classifiers.best))

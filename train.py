@@ -32,7 +32,7 @@ from sogclr.loader import Loader, TwoViewBatches, check_batch_size
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, alignment_and_uniformity, gamma_at
 from sogclr.meters import AverageMeter, NanGuard, Progress
 from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
-from sogclr.run import Run
+from sogclr.run import Run, file_name
 
 DRY_STEPS, DRY_SECONDS = 12, 60     # limits of --dry-run, but at least two steps
 METHODS = {"dcl": "sogclr", "cl": "simclr"}     # --loss_type: name of the method
@@ -93,8 +93,9 @@ def run_name(args):
     name = (f"{data_label(args)}_{args.arch}_{METHODS[args.loss_type]}-{args.dim}-{args.mlp_dim}_bz_{args.batch_size}"
             f"_E{args.epochs}_WR{args.warmup_epochs}_lr_{args.lr:g}_{args.learning_rate_scaling}"
             f"_wd_{args.weight_decay:g}_t_{args.t:g}_g_{args.gamma:g}_m_{args.momentum:g}_{args.optimizer}")
-    return name + non_defaults(PARSER, args, ("num_proj_layers", "crop_min", "stem", "image_size", "precision",
-                                              "augment", "gamma_schedule", "gamma_decay_epochs", "seed"))
+    return file_name(name + non_defaults(PARSER, args, (
+        "num_proj_layers", "crop_min", "stem", "image_size", "precision", "augment", "gamma_schedule",
+        "gamma_decay_epochs", "seed")))
 
 
 def main_worker(args, device):
@@ -234,7 +235,7 @@ class TrainingState:
             self.criterion.u = saved["u"].flatten()[:images]        # for the authors' files, without the rest
             self.criterion.load_state_dict({name: saved.get(name, tensor)
                                             for name, tensor in self.criterion.state_dict().items()})
-        checkpoint.restore_parts(saved | {"state_dict": checkpoint.remove_ddp_prefix(saved["state_dict"])}, source,
+        checkpoint.restore_parts(saved | {"state_dict": checkpoint.plain_names(saved["state_dict"])}, source,
                                  state_dict=self.model, optimizer=self.optimizer, scaler=self.scaler)
         self.seconds_before = saved.get("seconds")
 

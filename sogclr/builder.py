@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import torchvision
 
 from sogclr import InputError, one_line
+from sogclr.checkpoint import plain_names
 
 
 def resnet(arch, stem="imagenet", **kwargs):
@@ -87,20 +88,15 @@ class SimCLR(nn.Module):
         return self.base_encoder(x1), self.base_encoder(x2)
 
 
-# Prefixes of torchvision's parameter names in checkpoints from other code. The first match is used, so that among
-# several encoders in one file it is the trained one: momentum encoders and teachers are not in the table.
+# Prefixes of torchvision's parameter names in checkpoints from other code, after `plain_names`. The first match is
+# used, so that among several encoders in one file it is the trained one: momentum encoders and teachers are not here.
 ENCODER_PREFIXES = (
-    "module.base_encoder.",     # train.py, the authors' SogCLR, MoCo v3
-    "base_encoder.",            # the same, saved without DistributedDataParallel
-    "module.encoder_q.",        # MoCo v1 and v2: the query encoder, not the key encoder
-    "encoder_q.",               # the same in Lightning
-    "module.encoder.",          # SimSiam
-    "module.backbone.",         # Barlow Twins, VICReg and others with named parts
-    "backbone.",                # solo-learn and other Lightning modules
-    "encoder.",                 # Lightning modules
-    "model.",                   # Lightning modules around one torchvision model
-    "module.",                  # lincls.py, torchvision models under DistributedDataParallel
-    "",                         # torchvision
+    "base_encoder.",    # train.py, the authors' SogCLR, MoCo v3
+    "encoder_q.",       # MoCo v1 and v2: the query encoder, not the key encoder
+    "encoder.",         # SimSiam, Lightning modules
+    "backbone.",        # Barlow Twins, VICReg, solo-learn and others with named parts
+    "model.",           # Lightning modules around one torchvision model
+    "",                 # lincls.py, torchvision
 )
 # Where files with more than weights store them: train.py and most others, torchvision's training scripts.
 _WRAPPERS = ("state_dict", "model")
@@ -115,12 +111,17 @@ def encoder_state(checkpoint, source, arch=None):
     """
     if arch and checkpoint.get("arch", arch) != arch:
         raise InputError(f"{source}: was made with --arch {checkpoint['arch']}, not {arch}")
-    state = next((checkpoint[key] for key in _WRAPPERS if isinstance(checkpoint.get(key), dict)), checkpoint)
-    state = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
-    prefix = next((prefix for prefix in ENCODER_PREFIXES if prefix + "conv1.weight" in state), None)
+    inside = next((checkpoint[key] for key in _WRAPPERS if isinstance(checkpoint.get(key), dict)), checkpoint)
+    state = _tensors(inside)
+    prefix = _prefix(state)
     if prefix is None:
-        raise InputError(f"{source}: contains no ResNet encoder, no 'conv1.weight' under any name used by train.py, "
-                         "SogCLR, MoCo, SimSiam, Lightning or torchvision; found " + (_first(state) or "no tensors"))
+        found = _some(checkpoint) if inside is checkpoint else f"{_some(checkpoint)}, with the tensors {_some(state)}"
+        nests = [key for key, value in checkpoint.items()
+                 if isinstance(value, dict) and _prefix(_tensors(value)) is not None]
+        raise InputError(
+            f"{source}: contains no ResNet encoder, no 'conv1.weight' under any name used by train.py, SogCLR, MoCo, "
+            f"SimSiam, Lightning or torchvision; found {found}" + "".join(
+                f"; to use {nest!r}, torch.save(torch.load(FILE, weights_only=True)[{nest!r}], NEW)" for nest in nests))
     state = {key.removeprefix(prefix): value for key, value in state.items()
              if key.startswith(prefix) and not key.startswith(prefix + "fc.")}
     # Files from before torch 0.4.1 lack BatchNorm's counters, which are unused here.
@@ -140,6 +141,17 @@ def load_encoder(model, state, source):
         raise InputError(f"{source}: does not match this encoder, pass its --arch: {one_line(error)}") from error
 
 
-def _first(names):
-    """The first three names, as text."""
-    return ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
+def _tensors(state):
+    """The tensors in a state dict, under names without torch's wrappers."""
+    return plain_names({key: value for key, value in state.items()
+                        if isinstance(key, str) and isinstance(value, torch.Tensor)})
+
+
+def _prefix(state):
+    """The first of the `ENCODER_PREFIXES` under which a state dict has an encoder, None if under none."""
+    return next((prefix for prefix in ENCODER_PREFIXES if prefix + "conv1.weight" in state), None)
+
+
+def _some(names):
+    """The first five names, as text."""
+    return ", ".join(list(map(str, names))[:5]) + ", ..." * (len(names) > 5) or "nothing"

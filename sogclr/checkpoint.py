@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import sys
 import threading
@@ -23,6 +24,18 @@ LAST, PREVIOUS = "checkpoint_last.pth.tar", "checkpoint_previous.pth.tar"
 _SCALAR = np.float64(0).__reduce__()[0]
 _DATA = [argparse.Namespace, (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"),
          np.dtype, *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool"))]
+
+# In parameter names: DistributedDataParallel, torch.compile, FSDP, activation checkpointing.
+_ADDED_TO_NAMES = "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
+_SAVE_ALONE = "where it was made, save the weights alone: torch.save(model.state_dict(), FILE)"
+# How other files begin that are taken for checkpoints.
+_OTHER_FILES = {
+    rb"version https://git-lfs": "a pointer of Git LFS, not the file itself: fetch it with git lfs pull",
+    rb"\s*<(!doctype|html|\?xml)": "a web page, not the file that it offers: download that",
+    rb".{8}\{\s*\"": "a safetensors file, convert it: torch.save(safetensors.torch.load_file(FILE), NEW)",
+    rb"\x1f\x8b": "compressed with gzip, uncompress it with gunzip",
+    rb".{257}ustar": "a tar archive, unpack it with tar and pass a file from it",
+    rb"$": "empty, download or copy it again"}
 
 
 class Writer:
@@ -147,21 +160,46 @@ def load(path, flag, keys=()):
     missing, damaged, or not such a checkpoint.
     """
     if not os.path.isfile(path):
-        raise InputError(f"{flag} {path}: " + ("is a folder, pass a file in it" if os.path.isdir(path)
-                                               else "no such file"))
+        raise InputError(f"{flag} {path}: " + (_what_folder(path) if os.path.isdir(path) else "no such file"))
     try:
         _check_sums(path)
         with torch.serialization.safe_globals(_DATA), warnings.catch_warnings():
             warnings.simplefilter("ignore")     # about other tools' file formats: the content is checked here
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # an arbitrary file can make the unpickler raise anything
-        raise InputError(f"{flag} {path}: not a checkpoint that can be read safely, it is damaged or contains more "
-                         f"than data ({type(error).__name__}); use a file written by train.py or lincls.py, or a "
-                         "state_dict saved on its own") from error
+        raise InputError(f"{flag} {path}: not a checkpoint that can be read safely, it is {_what_file(path, error)}"
+                         ) from error
     if not isinstance(checkpoint, dict):
-        raise InputError(f"{flag} {path}: contains a {type(checkpoint).__name__}, not a checkpoint")
+        raise InputError(f"{flag} {path}: contains a {type(checkpoint).__name__}, not a checkpoint; {_SAVE_ALONE}")
     require(checkpoint, f"{flag} {path}", keys)
     return checkpoint
+
+
+def _what_folder(path):
+    """What a folder in the place of a checkpoint is, and what to do."""
+    names = os.listdir(path)
+    if ".metadata" in names:
+        return ("is a distributed checkpoint, convert it: "
+                "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE")
+    if any(os.path.exists(os.path.join(path, name, "data.pkl")) for name in (".", *names)):
+        return ("is an unzipped checkpoint, pass the file itself, or zip the folder that contains data.pkl again, from "
+                "the one above: zip -0rD NEW.pth.tar FOLDER")
+    return "is a folder, pass a file in it"
+
+
+def _what_file(path, error):
+    """What a file is that cannot be read as a checkpoint, and what to do."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    for pattern, what in _OTHER_FILES.items():
+        if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
+            return what
+    if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"more than data, an object of the class {refused[1]} is in it; {_SAVE_ALONE}"
+    if "TorchScript" in str(error):
+        return f"a TorchScript model; {_SAVE_ALONE}"
+    return (f"damaged or of another kind ({type(error).__name__}); use a file written by train.py or lincls.py, or a "
+            "state_dict saved on its own")
 
 
 def _check_sums(path):
@@ -213,6 +251,7 @@ def add_ddp_prefix(state_dict):
     return {"module." + key: value for key, value in state_dict.items()}
 
 
-def remove_ddp_prefix(state_dict):
-    """The inverse of `add_ddp_prefix`; names without the prefix are unchanged."""
-    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+def plain_names(state_dict):
+    """Remove what torch's wrappers of modules add to parameter names, wherever it stands."""
+    return {".".join(part for part in key.split(".") if part not in _ADDED_TO_NAMES): value
+            for key, value in state_dict.items()}

@@ -6,13 +6,13 @@ import torch
 import torch.nn as nn
 
 from sogclr import InputError
-from sogclr.checkpoint import remove_ddp_prefix
+from sogclr.checkpoint import plain_names
 
 
 class Classifiers(nn.ModuleList):
     """R linear classifiers on the same features, initialized identically but trained with different settings.
 
-    num_features: C; num_classes: K; grid: [(learning rate, weight decay)] of each.
+    num_features: C; classes: the K names; grid: [(learning rate, weight decay)] of each.
     `names`: of each; `scores`: for each a dict with `lr`, `weight_decay`, `acc1` and `acc5` of the last validation in
     percent (nan before it), `best_acc1` and its `best_epoch`.
 
@@ -20,11 +20,12 @@ class Classifiers(nn.ModuleList):
     each classifier is bit-identical to one trained alone.
     """
 
-    def __init__(self, num_features, num_classes, grid):
-        first = nn.Linear(num_features, num_classes)
+    def __init__(self, num_features, classes, grid):
+        first = nn.Linear(num_features, len(classes))
         nn.init.normal_(first.weight, std=0.01)
         nn.init.zeros_(first.bias)
         super().__init__(copy.deepcopy(first) for _ in grid)
+        self.classes = list(classes)
         self.names = [f"lr_{lr:g}_wd_{decay:g}" for lr, decay in grid]
         self.scores = [{"lr": lr, "weight_decay": decay, "acc1": float("nan"), "acc5": float("nan"),
                         "best_acc1": 0.0, "best_epoch": -1} for lr, decay in grid]
@@ -51,31 +52,42 @@ class Classifiers(nn.ModuleList):
                 score.update(best_acc1=acc1, best_epoch=epoch)
 
     def saved(self):
-        """Checkpoint entries besides the chosen classifier's tensors in `state_dict`: its accuracies and, if there are
-        several, the tensors and accuracies of all.
+        """Checkpoint entries besides the chosen classifier's tensors in `state_dict`: its accuracies, the names of the
+        classes and, if there are several classifiers, the tensors and accuracies of all.
         """
-        saved = {key: self.best[key] for key in ("acc1", "acc5", "best_acc1", "best_epoch")}
+        saved = {key: self.best[key] for key in ("acc1", "acc5", "best_acc1", "best_epoch")} | {"classes": self.classes}
         if len(self) > 1:
             saved["classifiers"] = [score | classifier.state_dict()
                                     for score, classifier in zip(self.scores, self, strict=True)]
         return saved
 
     def restore(self, saved, source):
-        """Load the classifiers from a checkpoint. Raises InputError, starting with `source`, the flag and file, if they
-        do not match these.
+        """Load the classifiers from a checkpoint, classes by name if it has the names. Raises InputError, starting with
+        `source`, the flag and file, if they do not match these.
         """
-        state = remove_ddp_prefix(saved["state_dict"])
+        state = plain_names(saved["state_dict"])
         head = {name: state.get(f"fc.{name}", torch.empty(0, 0)) for name in ("weight", "bias")}
         rows = saved.get("classifiers", [{key: value for key, value in saved.items() if key in self.scores[0]} | head])
         if len(rows) != len(self):
             raise InputError(f"{source}: has {len(rows)} classifiers, but --lr and --wd ask for {len(self)}")
+        order = self.order_of(saved.get("classes", self.classes), source)
         for classifier, score, row in zip(self, self.scores, rows, strict=True):
             K, C = row["weight"].shape
             if classifier.weight.shape != (K, C):
                 raise InputError(f"{source}: has {K} classes and {C} features, but this data set and encoder have "
                                  f"{classifier.out_features} and {classifier.in_features}")
-            classifier.load_state_dict({"weight": row["weight"], "bias": row["bias"]})
+            classifier.load_state_dict({"weight": row["weight"][order], "bias": row["bias"][order]})
             score.update((key, row[key]) for key in score.keys() & row.keys())
+
+    def order_of(self, classes, source):
+        """The position of each class among the same classes in another order. Raises InputError if others differ."""
+        if different := set(classes) ^ set(self.classes):
+            first = min(different)
+            raise InputError(f"{source}: has other classes than --data, the first that differs is '{first}', only in "
+                             + ("the checkpoint" if first in classes else "--data")
+                             + ": use a folder with the checkpoint's class names")
+        position = {name: k for k, name in enumerate(classes)}
+        return [position[name] for name in self.classes]
 
     def table(self):
         """A table for people: a header, a row per classifier, and which one is marked."""

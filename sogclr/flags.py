@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -32,6 +33,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
+    def parse_args(self, *args):
+        escape_output()
+        return super().parse_args(*args)
+
     def error(self, message):
         name, _, rest = message.partition(": ")
         if name == "unrecognized arguments" and os.path.isdir(rest):        # as in MoCo and SimSiam
@@ -57,6 +62,12 @@ class Parser(argparse.ArgumentParser):
                                  for given in (before, value))
                 hint = f"leave {flag} out" if before == action.default else f"pass {flag} {before}"
                 raise InputError(f"{source}: was made with {flag} {before}, not {value}; {hint}, or start a new run")
+
+
+def escape_output():
+    """Let this process print any file name: escape what the terminal's encoding lacks instead of raising."""
+    if hasattr(sys.stdout, "reconfigure"):      # not in notebooks
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def output_file(text):

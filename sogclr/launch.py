@@ -16,10 +16,11 @@ import torch.multiprocessing as mp
 
 from sogclr import InputError, Stopped, distributed, one_line
 from sogclr.distributed import local_rank, log, ranks_here, world_size
-from sogclr.flags import refuse
+from sogclr.flags import escape_output, refuse
 
 STOPPED = 75            # exit code after `Stopped` (EX_TEMPFAIL: try again)
 GRACE_SECONDS = 10      # for the other ranks on this machine to end on their own after one has failed
+LOOKUP_SECONDS = 30     # for the host name of another machine to get an address; a cluster's machines start one by one
 AGAIN_SECONDS = 2       # until another signal counts as a second one: launchers signal a group and each process
 # Parts of a collective's error message, over gloo or NCCL, if another rank does not respond.
 LOST = "by peer", "closed", "broken pipe", "timed out", "timeout", "remote process"
@@ -96,6 +97,26 @@ def _require_free_port(url):
         raise InputError(f"--dist-url {url}: port {port} cannot be used ({error.strerror}), use another") from error
 
 
+def _require_address(url, world_size):
+    """Raise InputError if rank 0's host name has no address: torch would try in silence until its timeout."""
+    host = os.environ.get("MASTER_ADDR") if url == "env://" else urllib.parse.urlsplit(url).hostname
+    end = time.monotonic() + (LOOKUP_SECONDS if world_size > ranks_here() else 0)
+    while host:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() < end:
+                time.sleep(1)
+            elif dist.is_torchelastic_launched():
+                raise InputError(f"torchrun: this machine cannot look up the host name {host} of rank 0 ({error}); on "
+                                 "one machine pass torchrun --local-addr localhost, on several the first one's "
+                                 "address, or add the name to /etc/hosts") from error
+            else:
+                raise InputError(f"--dist-url {url}: the host name {host} cannot be looked up ({error}), use its "
+                                 "address, or add it to /etc/hosts") from error
+
+
 def free_port():
     """The number of a port that is currently free on this machine."""
     with socket.socket() as probe:
@@ -127,6 +148,7 @@ def _spawn(main_worker, args):
 
 
 def _spawned(i, main_worker, args, node, nodes, per_node, url):
+    escape_output()
     os.environ.update(LOCAL_RANK=str(i), LOCAL_WORLD_SIZE=str(per_node))
     _start(main_worker, args, node * per_node + i, nodes * per_node, url)
 
@@ -140,6 +162,7 @@ def _start(main_worker, args, rank=0, world_size=1, url=None):
         torch.cuda.set_device(device)
     try:
         if url is not None:
+            _require_address(url, world_size)
             backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
             distributed.join(url, rank, world_size, backend, device)
         try:

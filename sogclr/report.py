@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.utils.tensorboard import SummaryWriter
 
 from sogclr.distributed import gather, rank, world_size
 
@@ -24,13 +23,16 @@ class Events:
     """A run's TensorBoard log, written only on rank 0. A context manager, closed on exit.
 
     folder: the run's, None for no log; purge_step: step from which an earlier start's events are purged, None for none.
-    If it cannot be written (a full disk, a deleted folder), this is reported once, and the run continues.
+    If it cannot be written (a full disk, a deleted folder or one whose name is not UTF-8, no TensorBoard), this is
+    reported once, and the run continues.
     """
 
     def __init__(self, folder, purge_step=None):
         self.folder, self.writer = folder, None
         if rank() == 0 and folder is not None:
             with self._may_fail():
+                # Here, since a package that is missing must not end the run.
+                from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(folder, purge_step=purge_step)
 
     def __enter__(self):
@@ -64,8 +66,11 @@ class Events:
     def _may_fail(self):
         try:
             yield
-        except OSError as error:    # perhaps from an earlier call: a thread writes the events
-            print(f"=> TensorBoard logging disabled: {self.folder}: {error.strerror}", file=sys.stderr, flush=True)
+        except (OSError, UnicodeError, ImportError) as error:   # perhaps of an earlier call: a thread writes the events
+            why = getattr(error, "strerror", None) or error
+            if isinstance(error, UnicodeError):
+                why = "its name is not UTF-8"
+            print(f"=> TensorBoard logging disabled: {self.folder}: {why}", file=sys.stderr, flush=True)
             self.writer = None
 
 

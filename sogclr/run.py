@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import secrets
 import shlex
@@ -16,6 +17,9 @@ from sogclr import InputError, Stopped, checkpoint, report
 from sogclr.checkpoint import LAST, PREVIOUS
 from sogclr.distributed import barrier, broadcast_int, log, rank
 from sogclr.launch import stop_requested
+
+# Of a run folder's name. File systems allow 255, and lincls.py adds 12 to a pretraining run's.
+NAME_BYTES = 243
 
 
 class Run:
@@ -35,8 +39,11 @@ class Run:
             raise InputError(f"--start-epoch {args.start_epoch}: must be below --epochs {args.epochs}")
         self.args, self.folder, self.write = args, folder, write
         self.start_epoch, self.start_step, self.stop = args.start_epoch or 0, 0, False
-        kept = [path for path in (folder / LAST, folder / PREVIOUS) if os.path.exists(path)]
-        kept += sorted(folder.glob("checkpoint_[0-9]*.pth.tar"), reverse=True)
+        try:
+            kept = [path for path in (folder / LAST, folder / PREVIOUS) if os.path.exists(path)]
+            kept += sorted(folder.glob("checkpoint_[0-9]*.pth.tar"), reverse=True)
+        except OSError as error:
+            raise InputError(f"--save_dir {folder.parent}: cannot be read: {error.strerror}") from error
         if write:
             if kept and not resume:
                 raise InputError(f"{folder}: already contains a run with these settings, "
@@ -65,7 +72,7 @@ class Run:
     def _open(self):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "command.txt", "a") as file:
+            with open(self.folder / "command.txt", "a", encoding="utf-8", errors="surrogateescape") as file:
                 if rank() == 0:
                     command = shlex.join([Path(sys.executable).name, *sys.argv])
                     file.write(f"{command}  # {time.strftime('%Y-%m-%d %H:%M')}\n")
@@ -153,6 +160,17 @@ class Run:
         self.state.check_finite(place)
         self.writer.save({"epoch": epoch, "step": step, "arch": self.args.arch, "seed": self.seed,
                           "settings": self.settings, **self.state.saved()}, *names)
+
+
+def file_name(text, most=NAME_BYTES):
+    """A name for a file or folder: the text if it has at most this many bytes, else its beginning and a digest. Bytes
+    that are not UTF-8, which TensorBoard could not write, are escaped.
+    """
+    content = os.fsencode(text).decode("utf-8", "backslashreplace").encode()
+    if len(content) > most:
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        content = content[:most - 17].decode("utf-8", "ignore").encode() + f"_{digest}".encode()    # no half characters
+    return os.fsdecode(content)
 
 
 def _lock(path):

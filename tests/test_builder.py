@@ -108,7 +108,34 @@ def test_other_architecture_is_refused():
             (resnet("resnet18"), {"prototypes": torch.zeros(1)}, r'Unexpected key.*"prototypes"')):
         with pytest.raises(InputError, match=f"^file: does not match this encoder, pass its --arch: .*{message}"):
             load_encoder(model, state | other, "file")
-    with pytest.raises(InputError, match=r"file: contains no ResNet .* found 0\.bias, 0\.weight$"):
-        encoder_state({"state_dict": {"0.weight": torch.zeros(1), "0.bias": torch.zeros(1)}}, "file")
-    with pytest.raises(InputError, match="found no tensors"):
-        encoder_state({"epoch": 3}, "file")
+
+
+@pytest.mark.parametrize("names", [
+    "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "backbone._orig_mod.{}", "model._orig_mod.{}",
+    "_orig_mod.module.base_encoder.{}", "module.encoder_q.module.{}", "_fsdp_wrapped_module.base_encoder.{}",
+    "layers"])
+def test_wrapped_modules_are_the_same(names, tmp_path):
+    """Files of torch.compile and other wrappers must give the plain file's tensors, wherever the wrapper's name is."""
+    plain = {key: value for key, value in resnet("resnet18").state_dict().items() if not key.startswith("fc.")}
+    if names == "layers":       # each compiled on its own
+        wrapped = {key.replace("layer2.", "layer2._orig_mod.").replace("conv1.weight", "conv1._orig_mod.weight"): value
+                   for key, value in plain.items()}
+    else:
+        wrapped = {names.format(key): value for key, value in plain.items()}
+    torch.save({"state_dict": wrapped}, tmp_path / "file.pth")
+    state = encoder_state(checkpoint.load(tmp_path / "file.pth", "--pretrained"), "file")
+    assert state.keys() == plain.keys()
+    assert all(torch.equal(state[key], plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize(("content", "found"), [
+    ({"state_dict": {"0.weight": torch.zeros(1), "0.bias": torch.zeros(1)}},
+     r"found state_dict, with the tensors 0\.weight, 0\.bias"),
+    ({"epoch": 3}, "found epoch"), ({}, "found nothing"),
+    ({"student": {"module.backbone.conv1.weight": torch.zeros(1)}, "teacher": {"backbone.conv1.weight": torch.zeros(1)},
+      "epoch": 3}, r"found student, teacher, epoch; to use 'student', .*\['student'\], NEW\); to use 'teacher', "),
+    ({"model_ema": {"conv1.weight": torch.zeros(1)}, "optimizer": {}}, "found model_ema, optimizer; to use 'model_")])
+def test_file_without_an_encoder(content, found):
+    """One line must say what is in it, and how to use an encoder that is deeper inside."""
+    with pytest.raises(InputError, match=f"^file: contains no ResNet encoder, .* {found}"):
+        encoder_state(content, "file")

@@ -5,6 +5,8 @@ import pickle
 import resource
 import shutil
 import threading
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -147,7 +149,8 @@ def test_code_is_not_unpickled(tmp_path, monkeypatch):
     with open("pickled.pth", "wb") as file:
         pickle.dump({"state_dict": Evil()}, file, protocol=4)
     for name in ("evil.pth", "pickled.pth"):
-        with pytest.raises(InputError, match=rf"--pretrained {name}: not a checkpoint .*\(UnpicklingError\)") as caught:
+        what = r"an object of the class \w+.mkdir is in it" if name == "evil.pth" else r"damaged .*\(UnpicklingError\)"
+        with pytest.raises(InputError, match=f"--pretrained {name}: not a checkpoint that .* {what}; ") as caught:
             checkpoint.load(name, "--pretrained")
         assert "\n" not in str(caught.value)
         assert not os.path.exists("evil")
@@ -161,6 +164,58 @@ def test_other_files_are_refused(tmp_path, content):
     for name in (path, tmp_path, tmp_path / "missing"):
         with pytest.raises(InputError, match=f"--resume {name}: "):
             checkpoint.load(str(name), "--resume")
+
+
+@pytest.mark.parametrize(("content", "what"), [
+    (b"", "empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "a pointer of Git LFS"),
+    (b"\n<!DOCTYPE html><html>", "a web page"), (b"<html>", "a web page"),
+    (b'\x40\0\0\0\0\0\0\0{"conv1.weight":{"dtype":"F32"}}', "a safetensors file"),
+    (b"\x1f\x8b\x08", "compressed with gzip"), (bytes(257) + b"ustar", "a tar archive"),
+    (b"PK\x03\x04", "damaged or of another kind")])
+def test_what_a_file_is_instead(tmp_path, content, what):
+    """The reason must be what the file is, not that it is damaged."""
+    (tmp_path / "file.pth").write_bytes(content)
+    with pytest.raises(InputError, match=f"--pretrained {tmp_path}/file.pth: not a checkpoint that .*, it is {what}"):
+        checkpoint.load(tmp_path / "file.pth", "--pretrained")
+
+
+class Settings(dict):
+    """As omegaconf's."""
+
+
+def test_objects_in_a_file_are_named(tmp_path):
+    """A whole model, or settings of some class: the class, and how to save the weights alone."""
+    model = torch.nn.Linear(2, 2)
+    for content, name in ((model, "torch.nn.modules.linear.Linear"),
+                          ({"state_dict": model.state_dict(), "cfg": Settings()}, f"{__name__}.Settings")):
+        torch.save(content, tmp_path / "file.pth")
+        with pytest.raises(InputError, match=f"more than data, an object of the class {name} is in it; .* save"):
+            checkpoint.load(tmp_path / "file.pth", "--pretrained")
+    torch.save([model.state_dict()], tmp_path / "file.pth")
+    with pytest.raises(InputError, match="contains a list, not a checkpoint; where it was made, save the weights"):
+        checkpoint.load(tmp_path / "file.pth", "--pretrained")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # it is deprecated
+        torch.jit.script(model).save(tmp_path / "file.pth")
+    with pytest.raises(InputError, match="a TorchScript model; "):
+        checkpoint.load(tmp_path / "file.pth", "--pretrained")
+
+
+def test_unzipped_and_distributed_checkpoints(tmp_path):
+    """A folder that was a file, or that holds one in parts, must be recognized; and zipped again it must load."""
+    torch.save({"epoch": 3}, tmp_path / "file.pth")
+    shutil.unpack_archive(tmp_path / "file.pth", tmp_path / "outer", "zip")
+    inner, = (tmp_path / "outer").iterdir()
+    for folder in (tmp_path / "outer", inner):
+        with pytest.raises(InputError, match=f"--resume {folder}: is an unzipped checkpoint"):
+            checkpoint.load(folder, "--resume")
+    with zipfile.ZipFile(tmp_path / "again.pth", "w") as file:      # as zip -0rD does
+        for path in filter(os.path.isfile, inner.rglob("*")):
+            file.write(path, path.relative_to(tmp_path / "outer"))
+    assert checkpoint.load(tmp_path / "again.pth", "--resume") == {"epoch": 3}
+    (tmp_path / ".metadata").write_bytes(b"")
+    with pytest.raises(InputError, match=f"--resume {tmp_path}: is a distributed checkpoint, convert it: "):
+        checkpoint.load(tmp_path, "--resume")
 
 
 def test_numpy_numbers_load(tmp_path):

@@ -9,6 +9,7 @@ from helpers import PRETRAIN, TINY, newest, refused
 
 import lincls
 import train
+from sogclr import datasets, launch
 from sogclr.flags import resolve_precision
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -137,12 +138,39 @@ def test_contradictions_with_the_environment(environment, flags, message, monkey
     refused(train, flags, message, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize(("environment", "flags", "message"), [
+    ({}, ["--world-size", "2", "--rank", "1", "--dist-url", "tcp://nowhere:1"],
+     "--dist-url tcp://nowhere:1: the host name nowhere cannot be looked up ([Errno -2] Name or service not known)"),
+    ({"TORCHELASTIC_RUN_ID": "1", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}, [],
+     "torchrun: this machine cannot look up the host name nowhere of rank 0")])
+def test_unknown_host_name(environment, flags, message, monkeypatch, capsys):
+    """After some tries, since another machine's name may come late, one line must tell the way out."""
+    tries = []
+
+    def unknown(host, port):
+        tries.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(launch, "LOOKUP_SECONDS", 1.5)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refused(train, flags, message, monkeypatch, capsys)
+    assert tries == ["nowhere"] * 3
+
+
 def test_more_gpus_than_there_are(monkeypatch, capsys):
     """--gpu 7 of 4 must report which there are."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     message = "--gpu 7: this machine has 4 visible GPUs, numbered 0 to 3"
     refused(train, ["--gpu", "7"], message, monkeypatch, capsys)
+
+
+def test_ranks_with_different_images(imagenet, monkeypatch, capsys):
+    """Another machine's folder may lack some; u and the order would belong to other images there."""
+    monkeypatch.setattr(datasets, "broadcast_int", lambda here: here + 1)
+    refused(train, ["--data", imagenet], "rank 0 sees other images (24 images, digest ", monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(("capability", "precision", "said"), [

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from torchvision.transforms.functional import to_pil_image as to_pil
 import lincls
 from sogclr.augment import Normalize
 from sogclr.builder import resnet
+from sogclr.classifiers import Classifiers
 from sogclr.datasets import open_data_set
 from sogclr.loader import LabeledBatches, Loader, center_view
+from sogclr.run import file_name
 
 HEAD = ("module.fc.weight", "module.fc.bias")
 pytestmark = [pytest.mark.usefixtures("no_gpu"), pytest.mark.slow]
@@ -27,7 +30,7 @@ pytestmark = [pytest.mark.usefixtures("no_gpu"), pytest.mark.slow]
 def linear(imagenet, tmp_path):
     """Run lincls.py in this process on a random encoder, in a separate folder; returns the folder and the output."""
     def go(*flags):
-        folder = tmp_path / "_".join(map(str, flags)).replace("/", "")
+        folder = tmp_path / file_name("_".join(map(str, flags)).replace("/", ""))
         lines = call(lincls, "--data", imagenet, *TINY, "--workers", 0, "--epochs", 3, "--seed", 1, "--save_dir",
                      folder, *flags)
         return folder, lines
@@ -244,6 +247,48 @@ def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_pat
 
 EFFECTIVE = ["--lr 0.5", "--momentum 0.1", "--wd 0.5", "--batch-size 6", "--seed 2", "--start-epoch 1", "--epochs 4",
              "--precision bf16", "--image-size 40", "--features cached", "--train-percent 50", "--finetune"]
+
+
+def test_few_labels_are_recorded_as_what_they_are(linear):
+    """If a percentage is less than an image per class, one of each is used, and the protocol says how many percent."""
+    folder, lines = linear("--train-percent", 1)
+    assert results(folder)["protocol"] == "linear evaluation on 12.5 % of the training images"
+    assert results(folder)["train_images"] == 3
+    assert any(line.startswith("=> linear evaluation on 12.5 % of the training images, ") for line in lines)
+
+
+def test_other_class_names_are_refused(linear, imagenet, tmp_path, capsys):
+    """A classifier must not be evaluated on as many classes of other names, nor resumed; a file without names, from an
+    earlier release, is evaluated as before.
+    """
+    folder, lines = linear()
+    saved = newest(folder)
+    shutil.copytree(imagenet, tmp_path / "renamed")
+    for split in ("train", "val"):
+        (tmp_path / "renamed" / split / "n01440764").rename(tmp_path / "renamed" / split / "tench")
+    for how in (["-e"], []):
+        with pytest.raises(SystemExit, match="2"):
+            linear("--data", tmp_path / "renamed", "--resume", saved, *how)
+        assert capsys.readouterr().err.endswith(
+            f"--resume {saved}: has other classes than --data, the first that differs is 'n01440764', only in the "
+            "checkpoint: use a folder with the checkpoint's class names\n")
+    whole = torch.load(saved, weights_only=True)
+    del whole["classes"]
+    torch.save(whole, tmp_path / "old.pth.tar")
+    assert linear("-e", "--resume", tmp_path / "old.pth.tar")[1][-1].split("Acc@1")[1] in lines[-3]
+    (tmp_path / "renamed" / "val" / "tench").rename(tmp_path / "renamed" / "val" / "n01440764")
+    with pytest.raises(SystemExit, match="2"):
+        linear("--data", tmp_path / "renamed")
+    assert "train and val have different classes (3 and 3), 'n01440764' is only in val" in capsys.readouterr().err
+
+
+def test_classes_are_matched_by_name():
+    """In another order, each classifier's rows must follow their classes."""
+    one, other = (Classifiers(4, names, [(0.1, 0.0), (0.2, 0.0)]) for names in ("abc", "cab"))
+    other.restore({"state_dict": {}, **one.saved()}, "file")
+    features = torch.randn(5, 4)
+    for ours, theirs in zip(other(features), one(features), strict=True):
+        assert torch.equal(ours, theirs[:, [2, 0, 1]])
 
 
 def test_every_flag_has_an_effect(linear):

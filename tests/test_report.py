@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 import threading
 
 from sogclr.report import Events, git_state, write_json
@@ -36,6 +37,14 @@ def test_a_log_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
         assert not events.writer
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith(f"=> TensorBoard logging disabled: {tmp_path / 'run'}: ")
+
+
+def test_without_tensorboard_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    """If the package is missing, one line must say that there is no log."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with Events(tmp_path) as events:
+        events.scalars({"loss": 1.0}, 0)
+    assert capsys.readouterr().err.startswith(f"=> TensorBoard logging disabled: {tmp_path}: import of torch.utils.ten")
 
 
 def test_commit_is_only_that_of_the_checkout(tmp_path):

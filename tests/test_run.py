@@ -1,13 +1,17 @@
-"""A run's folder: who may write to it, and which checkpoint it resumes from."""
+"""A run's folder: its name, who may write to it, and which checkpoint it resumes from."""
 
+import os
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import PYTHON, Process
 
+import lincls
+import train
 from sogclr import InputError, checkpoint
-from sogclr.run import Run
+from sogclr.run import Run, file_name
 
 
 def open_run(folder, resume, keys):
@@ -70,3 +74,28 @@ def test_run_is_not_overwritten(tmp_path):
     with pytest.raises(InputError, match="already contains a run"):
         open_run(folder, "", ("epoch",))
     assert len((folder / "command.txt").read_text().splitlines()) == 2
+
+
+def test_long_names_end_in_a_digest():
+    """What fits stays as it is. Names have at most 243 bytes, without half a character, and those that lincls.py makes
+    of them 255; different names stay different.
+    """
+    assert file_name("x" * 243) == "x" * 243
+    long, other = "x" * 242 + "é", "x" * 242 + "è"
+    for name in (long, other, "数" * 100, os.fsdecode(b"\xe9" * 250)):
+        assert len(file_name(name).encode()) <= 243
+    assert file_name(long) != file_name(other)
+    assert file_name(long)[:226] == long[:226]
+    for folder, parents in (("x" * 243, ("linear_eval_" + "x" * 243,)), ("x" * 250, ())):
+        path = lincls.run_folder(lincls.PARSER.parse_args(["--pretrained", f"{folder}/{'y' * 240}.pth.tar"]))
+        assert path.parent.name in parents or len(path.parent.name) <= 255
+        assert len(path.name) <= 243
+    name = train.run_name(train.PARSER.parse_args(["--data_name", "folder", "--data", "数" * 45, "--seed", "1"]))
+    assert name.startswith("folder-数")
+    assert len(name.encode()) <= 243
+
+
+def test_name_that_no_file_system_takes_is_one_line():
+    """A --save_dir of 300 letters, which even looking for a run in it refuses."""
+    with pytest.raises(InputError, match=r"^--save_dir x{300}: cannot be read: File name too long$"):
+        open_run(Path("x" * 300, "run"), "auto", ())

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import re
 import shlex
 
@@ -276,3 +277,26 @@ def test_shapes_and_unlabeled_folders(imagenet, tmp_path, monkeypatch):
     assert len(losses(call(train, "--data_name", "shapes", *tiny))) == 2
     flat = imagenet / "train" / "n01440764"
     assert len(losses(call(train, "--data_name", "folder", "--data", flat, *tiny))) == 1
+
+
+def test_names_that_the_terminal_cannot_show(imagenet, tmp_path):
+    """Latin-1 bytes in --data and --save_dir, and a terminal with ASCII only: names in files keep their bytes, and on
+    the terminal they are escaped; TensorBoard, which needs UTF-8, is the only loss.
+    """
+    data, saved = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9", "ä".encode() + b"\xe4"))
+    data.mkdir()
+    for split in ("train", "val"):
+        (data / split).symlink_to(imagenet / split)
+    command = ["--data_name", "folder", "--data", data, *TINY, "--save_dir", saved, "--seed", 1, "--epochs", 1]
+    output, error = run(PYTHON, ROOT / "train.py", *command, "--warmup-epochs", 0, PYTHONIOENCODING="ascii")
+    folder = newest(saved).parent
+    assert folder.name.startswith("folder-caf\\xe9_")
+    assert f"done: {tmp_path}/\\xe4\\udce4/folder-caf\\xe9_" in output
+    assert os.fsencode(data) in (folder / "command.txt").read_bytes()
+    assert error.startswith(f"=> TensorBoard logging disabled: {tmp_path}/\\xe4\\udce4/folder-caf\\xe9_")
+    assert error.endswith(": its name is not UTF-8\n")
+    assert json.loads((folder / "results.json").read_text())["settings"]["data"] == str(data)
+    assert load(saved)["settings"]["data"] == str(data)
+    output, _ = run(PYTHON, ROOT / "lincls.py", *command, "--pretrained", newest(saved), PYTHONIOENCODING="ascii")
+    assert "=> last epoch: " in output
+    assert len(list(saved.rglob("linear_eval_folder-caf*/*_data_folder-caf*/results.json"))) == 1

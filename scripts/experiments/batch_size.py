@@ -33,6 +33,7 @@ from sogclr import InputError
 from sogclr.flags import DATA_SETS, Parser, number
 from sogclr.launch import STOPPED
 from sogclr.loader import available_cores
+from sogclr.run import file_name
 
 ROOT, CORES = Path(train.__file__).resolve().parent, available_cores()
 
@@ -107,7 +108,7 @@ def part_of(args):
     source = args.data_name
     if source == "folder":      # one --out may serve several folders
         source = f"{Path(args.data).name}_{zlib.crc32(args.data.encode()):08x}"
-    folder = args.out / "_".join(["images", source, *map(str, args.images), *["held_out"] * args.held_out])
+    folder = args.out / file_name("_".join(["images", source, *map(str, args.images), *["held_out"] * args.held_out]))
     return ["--data_name", "folder", "--data", folder], [
         "scripts/tools/make_subset.py", folder, "--data_name", args.data_name, "--data", args.data,
         "--train", args.images[0], "--val", args.images[1], *["--held-out"] * args.held_out]

@@ -75,7 +75,7 @@ class Network:
         self.model = SimCLR(resnet(settings["arch"], settings["stem"]), settings["dim"], settings["mlp_dim"],
                             settings["num_proj_layers"])
         try:
-            self.model.load_state_dict(checkpoint.remove_ddp_prefix(saved["state_dict"]))
+            self.model.load_state_dict(checkpoint.plain_names(saved["state_dict"]))
         except RuntimeError as error:
             raise InputError(f"{source}: its weights do not match its --arch {settings['arch']}") from error
         self.model.to(device, memory_format=layout).eval()
