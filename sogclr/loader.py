@@ -5,6 +5,7 @@ the device (`sogclr.augment`). The randomness of image i in epoch e depends only
 workers or ranks.
 """
 
+import gc
 import math
 import os
 import shutil
@@ -266,8 +267,9 @@ class Loader:
         through_pipes = workers > 0 and not _fits_shared_memory(workers * ranks_here() * 3 * local_batch)   # 2 ahead
         self.loader = torch.utils.data.DataLoader(
             batches, batch_sampler=self.sampler, collate_fn=_as_arrays if through_pipes else _as_made,
-            num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=_leave_signals_to_the_rank,
-            # A spawned rank would also spawn its workers: each would import torch and copy the list of files.
+            num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=_start_worker,
+            # Not the default: spawn in a rank that was spawned, forkserver from Python 3.14 on. Such a worker imports
+            # torch and copies the list of files; a forked one shares both, and never touches the GPU.
             multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
             persistent_workers=workers > 0 and self.sampler.shuffle)        # evaluation's workers end with it
 
@@ -340,10 +342,11 @@ def _fits_shared_memory(wanted):
     return free >= wanted
 
 
-def _leave_signals_to_the_rank(worker):
-    """Make a worker ignore signals that stop a run, which are often sent to all its processes. It continues until its
-    own rank ends it, which torch does with SIGTERM if it must, or is gone.
+def _start_worker(worker):
+    """Keep a worker's memory shared with the rank's, and make it ignore signals that stop a run, which are often sent
+    to all its processes. It continues until its own rank ends it, which torch does with SIGTERM if it must, or is gone.
     """
+    gc.freeze()     # a collection would write to all objects, and thereby copy 80 MB
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):     # not on macOS

@@ -1,5 +1,6 @@
 """Which views are seen, in which order, and on what they depend."""
 
+import gc
 import math
 import multiprocessing
 import shutil
@@ -100,6 +101,16 @@ def test_workers_of_a_spawned_rank_are_forked(data, monkeypatch):
         assert len(epoch_of(data, seed=1, epoch=0, workers=1)) == 4
     finally:
         multiprocessing.set_start_method(default, force=True)
+
+
+def test_workers_leave_the_ranks_objects_alone(data, monkeypatch):
+    """A garbage collection writes to all objects that it sees, so a forked worker must not see those it shares."""
+    def make(*_):
+        return loader.Batch((torch.zeros(1), torch.tensor(len(gc.get_objects()))), {}, {})
+
+    monkeypatch.setattr(TwoViewBatches, "make", make)
+    for _, seen in make_loader(data, seed=1, workers=1).epoch(0):
+        assert seen < len(gc.get_objects()) / 10
 
 
 def test_no_random_number_is_shared(data):
