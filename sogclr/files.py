@@ -83,8 +83,7 @@ class ImageFiles:
                 image = _to_rgb(Image.open(file))
         except Exception as error:      # a damaged file can make a decoder raise anything
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
-            raise InputError(f"{name}: not a readable image ({reason.replace(name, 'it').splitlines()[0]}), "
-                             "remove or replace it, or use --bad-images skip") from error
+            raise InputError(f"{name}: not a readable image ({reason.replace(name, 'it').splitlines()[0]})") from error
         for warning in caught:
             warnings.warn(f"{name}: {one_line(warning.message)}", stacklevel=2)
         return image, int(self.targets[i])

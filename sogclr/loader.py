@@ -126,7 +126,7 @@ class _Batches(torch.utils.data.Dataset):
                     break
                 except InputError as error:
                     if self.bad_images == "stop":
-                        raise
+                        raise InputError(f"{error}, remove or replace it, or use --bad-images skip") from error
                     bad[index] = str(error)
                     index = next(replacements, None)
         return good, bad, warned
@@ -152,7 +152,7 @@ class TwoViewBatches(_Batches):
         good, bad, warned = self.read(wanted, replacements)
         if len(good) < len(wanted):
             raise InputError(f"--bad-images skip: {len(bad)} unreadable images in one batch and its replacements, "
-                             f"e.g. {next(iter(bad.values()))}")
+                             f"remove or replace them; the first is {next(iter(bad.values()))}")
         views = self.with_recipe(epoch, good) if self.recipe else self.with_crops(epoch, good)
         return Batch((*views, torch.tensor([index for index, _, _ in good])), bad, warned)
 
@@ -290,7 +290,8 @@ class Loader:
             self.report(batch)
             if bad_now > allowed:
                 raise InputError(f"--bad-images skip: {bad_now} unreadable images so far in epoch {epoch}, more than "
-                                 f"{self.MOST_BAD:.0%} of the data set, e.g. {next(iter(batch.bad.values()))}")
+                                 f"{self.MOST_BAD:.0%} of the data set, remove or replace them; one is "
+                                 f"{next(iter(batch.bad.values()))}")
             *images, last = batch.content
             yield *(_to_device(part, self.device) for part in images), torch.as_tensor(last)
 
