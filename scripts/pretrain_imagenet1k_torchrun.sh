@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # Otherwise torchrun passes leftovers of the last start, including dead addresses, to the next one.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-meeting=(--standalone)
+meeting=(--standalone --local-addr localhost)       # in containers the host name may have no address
 if [ -n "${MEET:-}" ]; then
     meeting=(--nnodes "${NODES:-4}" --rdzv-backend c10d --rdzv-endpoint "$MEET:29500" --rdzv-id "${RUN_ID:-sogclr}")
 fi

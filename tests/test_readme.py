@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "scripts/README.md", "scripts/experiments/README.md"]
 # Flags of docker, torchrun, sbatch and pip.
 FOREIGN = {"--gpus", "--shm-size", "--ipc", "--network", "--device", "--nnodes", "--nproc-per-node", "--rdzv-backend",
-           "--rdzv-endpoint", "--max-restarts", "--nodes", "--index-url"}
+           "--rdzv-endpoint", "--local-addr", "--max-restarts", "--nodes", "--index-url"}
 
 
 def anchors(file):
