@@ -17,6 +17,7 @@ from sogclr.distributed import log
 # Folders that systems add, besides those whose names begin with a dot.
 _LITTER = (b"__MACOSX", b"@eaDir", b"#recycle", b"@Recycle", b"$RECYCLE.BIN", b"System Volume Information",
            b"lost+found")
+_ENDINGS = tuple(map(str.encode, IMG_EXTENSIONS))
 _BITS_PER_SAMPLE = 258      # a tag of TIFF files
 
 
@@ -131,17 +132,18 @@ def _scan(folder, left_out):
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            link, ending = entry.is_symlink(), os.path.splitext(entry.name)[1].lower()
+            name, link = entry.name, entry.is_symlink()
             is_folder = os.path.isdir(entry.path) if link else entry.is_dir()
-            is_image = os.fsdecode(ending) in IMG_EXTENSIONS
-            if entry.name.startswith(b".") or entry.name in _LITTER:
-                left_out.hidden.update([entry.name] * (is_folder or is_image))
+            is_image = not is_folder and name.lower().endswith(_ENDINGS)
+            if name.startswith(b".") or name in _LITTER:
+                if is_folder or is_image:
+                    left_out.hidden[name] += 1
             elif is_folder:
                 folders.append((entry.path, link))
             elif is_image:
-                files.append(entry.name)
+                files.append(name)
             else:
-                left_out.endings[ending] += 1
+                left_out.endings[os.path.splitext(name)[1].lower()] += 1
     return folders, files
 
 

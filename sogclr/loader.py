@@ -75,13 +75,11 @@ def center_view(image, size):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
-    """What a worker returns: the batch itself, the images that it could not read, and the warnings while it read the
-    others, both as {index: one line}.
-    """
+    """What a worker returns: the batch itself, the images it could not read, as {index: one line}, and warnings."""
 
     content: tuple
     bad: dict
-    warned: dict
+    warned: tuple = ()
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -103,33 +101,31 @@ class _Batches(torch.utils.data.Dataset):
         line in transit.
         """
         try:
-            return self.make(*item)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                batch = self.make(*item)
+            return batch._replace(warned=tuple(str(warning.message) for warning in caught))
         except InputError as error:
             return error
 
     def read(self, wanted, replacements):
-        """Read the wanted images, [(index, RGB image, label)]; report the unreadable ones, and warnings about others,
-        each as {index: one line}.
+        """Read the wanted images, [(index, RGB image, label)], and report the unreadable ones, {index: one line}.
 
         A skipped image is replaced by the next readable replacement, under the replacement's own index: an estimator
         must only see its own image.
         """
-        good, bad, warned, replacements = [], {}, {}, iter(replacements)
+        good, bad, replacements = [], {}, iter(replacements)
         for index in wanted:
             while index is not None:
                 try:
-                    with warnings.catch_warnings(record=True) as caught:
-                        warnings.simplefilter("always")
-                        good.append((index, *self.images[index]))
-                    if caught:
-                        warned[index] = str(caught[0].message)
+                    good.append((index, *self.images[index]))
                     break
                 except InputError as error:
                     if self.bad_images == "stop":
                         raise InputError(f"{error}, remove or replace it, or use --bad-images skip") from error
                     bad[index] = str(error)
                     index = next(replacements, None)
-        return good, bad, warned
+        return good, bad
 
     def generator(self, epoch, index):
         return np.random.default_rng((self.seed, _VIEWS, epoch, index))
@@ -149,12 +145,12 @@ class TwoViewBatches(_Batches):
         self.bytes_per_image *= 2 * (4 if recipe else 1)
 
     def make(self, epoch, wanted, replacements):
-        good, bad, warned = self.read(wanted, replacements)
+        good, bad = self.read(wanted, replacements)
         if len(good) < len(wanted):
             raise InputError(f"--bad-images skip: {len(bad)} unreadable images in one batch and its replacements, "
                              f"remove or replace them; the first is {next(iter(bad.values()))}")
         views = self.with_recipe(epoch, good) if self.recipe else self.with_crops(epoch, good)
-        return Batch((*views, torch.tensor([index for index, _, _ in good])), bad, warned)
+        return Batch((*views, torch.tensor([index for index, _, _ in good])), bad)
 
     def with_crops(self, epoch, good):
         crops = torch.empty(2, len(good), self.size, self.size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
@@ -188,14 +184,14 @@ class LabeledBatches(_Batches):
         self.augment = augment
 
     def make(self, epoch, wanted, replacements):
-        good, bad, warned = self.read(wanted, replacements if self.augment else ())
+        good, bad = self.read(wanted, replacements if self.augment else ())
         crops = torch.empty(len(good), self.size, self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for row, (index, image, _) in enumerate(good):
             if self.augment:
                 crops[row] = random_crop(pil_to_tensor(image), self.generator(epoch, index), self.size, (0.08, 1.0))
             else:
                 crops[row] = center_view(image, self.size)
-        return Batch((crops, torch.tensor([label for _, _, label in good], dtype=torch.int64)), bad, warned)
+        return Batch((crops, torch.tensor([label for _, _, label in good], dtype=torch.int64)), bad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,7 +257,7 @@ class Loader:
     def __init__(self, batches, batch_size, workers, device, **order):
         self.sampler = EpochSampler(len(batches), batch_size, **order)
         self.num_images, self.device = len(batches), device
-        self.skipped, self.warned = set(), set()        # indices that have been reported
+        self.skipped, self.warned = set(), set()        # indices and lines that have been reported
         workers = workers_per_rank(workers)
         local_batch = -(-batch_size // world_size()) * batches.bytes_per_image
         through_pipes = workers > 0 and not _fits_shared_memory(workers * ranks_here() * 3 * local_batch)   # 2 ahead
@@ -296,15 +292,15 @@ class Loader:
             yield *(_to_device(part, self.device) for part in images), torch.as_tensor(last)
 
     def report(self, batch):
-        """Report each file that is unreadable, or that a warning is about, once, on the rank that read it."""
-        for index in batch.bad.keys() - self.skipped:
-            self.skipped.add(index)
-            print(f"=> skipped {batch.bad[index]} ({len(self.skipped)} skipped by rank {rank()})",
-                  file=sys.stderr, flush=True)
-        for index in batch.warned.keys() - self.warned:
-            self.warned.add(index)
-            if len(self.warned) <= self.MOST_WARNINGS:
-                print(f"=> warning: {batch.warned[index]}"
+        """Report each unreadable file and each warning once, on the rank that read it."""
+        for index, line in batch.bad.items():
+            if index not in self.skipped:
+                self.skipped.add(index)
+                print(f"=> skipped {line} ({len(self.skipped)} skipped by rank {rank()})", file=sys.stderr, flush=True)
+        for line in batch.warned:
+            if line not in self.warned and len(self.warned) < self.MOST_WARNINGS:
+                self.warned.add(line)
+                print(f"=> warning: {line}"
                       + " (further warnings are not printed)" * (len(self.warned) == self.MOST_WARNINGS),
                       file=sys.stderr, flush=True)
 

@@ -106,7 +106,7 @@ def test_workers_of_a_spawned_rank_are_forked(data, monkeypatch):
 def test_workers_leave_the_ranks_objects_alone(data, monkeypatch):
     """A garbage collection writes to all objects that it sees, so a forked worker must not see those it shares."""
     def make(*_):
-        return loader.Batch((torch.zeros(1), torch.tensor(len(gc.get_objects()))), {}, {})
+        return loader.Batch((torch.zeros(1), torch.tensor(len(gc.get_objects()))), {})
 
     monkeypatch.setattr(TwoViewBatches, "make", make)
     for _, seen in make_loader(data, seed=1, workers=1).epoch(0):
