@@ -115,7 +115,7 @@ def run_folder(args):
                    for values in zip(*grid(args), strict=True))
     how = f"bz_{args.batch_size}_E{args.epochs}_lr_{lrs}_wd_{decays}_m_{args.momentum:g}" if not args.knn else "knn"
     settings = non_defaults(PARSER, args, ("stem", "image_size", "precision", "seed", *PROTOCOL_FLAGS))
-    return (Path(args.save_dir) / file_name(f"linear_eval_{encoder}", 255)
+    return (Path(args.save_dir) / file_name(f"linear_eval_{encoder}")
             / file_name(f"{part}_{how}_data_{data_label(args)}{settings}"))
 
 
@@ -244,7 +244,7 @@ def evaluate_saved(evaluation):
     batches = FreshFeatures(evaluation.encode, evaluation.loader(evaluation.val_data))
     classifiers.record(validate(classifiers, batches, classifiers, evaluation.device))
     file = Path(run.resume)
-    evaluation.write_results(file.with_name(file_name(f"results_{file.name.split('.')[0]}") + ".json"),
+    evaluation.write_results(file.with_name(file_name(f"results_{file.name.split('.')[0]}", 245) + ".json"),
                              evaluated=str(file), classifiers=classifiers.scores, chosen=classifiers.chosen)
     if len(classifiers) > 1:
         log(classifiers.table())

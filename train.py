@@ -93,9 +93,9 @@ def run_name(args):
     name = (f"{data_label(args)}_{args.arch}_{METHODS[args.loss_type]}-{args.dim}-{args.mlp_dim}_bz_{args.batch_size}"
             f"_E{args.epochs}_WR{args.warmup_epochs}_lr_{args.lr:g}_{args.learning_rate_scaling}"
             f"_wd_{args.weight_decay:g}_t_{args.t:g}_g_{args.gamma:g}_m_{args.momentum:g}_{args.optimizer}")
-    return file_name(name + non_defaults(PARSER, args, (
-        "num_proj_layers", "crop_min", "stem", "image_size", "precision", "augment", "gamma_schedule",
-        "gamma_decay_epochs", "seed")))
+    name += non_defaults(PARSER, args, ("num_proj_layers", "crop_min", "stem", "image_size", "precision", "augment",
+                                        "gamma_schedule", "gamma_decay_epochs", "seed"))
+    return file_name(name, 255 - len("linear_eval_"))       # which lincls.py puts before it
 
 
 def main_worker(args, device):

@@ -93,8 +93,8 @@ class SimCLR(nn.Module):
 ENCODER_PREFIXES = (
     "base_encoder.",    # train.py, the authors' SogCLR, MoCo v3
     "encoder_q.",       # MoCo v1 and v2: the query encoder, not the key encoder
-    "encoder.",         # SimSiam, Lightning modules
     "backbone.",        # Barlow Twins, VICReg, solo-learn and others with named parts
+    "encoder.",         # SimSiam, Lightning modules
     "model.",           # Lightning modules around one torchvision model
     "",                 # lincls.py, torchvision
 )

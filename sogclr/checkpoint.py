@@ -159,15 +159,20 @@ def load(path, flag, keys=()):
     flag: the flag that named the file, for the message; keys: the required keys. Raises InputError if the file is
     missing, damaged, or not such a checkpoint.
     """
-    if not os.path.isfile(path):
-        raise InputError(f"{flag} {path}: " + (_what_folder(path) if os.path.isdir(path) else "no such file"))
+    try:
+        if not os.path.isfile(path):
+            raise InputError(f"{flag} {path}: " + (_what_folder(path) if os.path.isdir(path) else "no such file"))
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be read: {error.strerror}") from error
     try:
         _check_sums(path)
         with torch.serialization.safe_globals(_DATA), warnings.catch_warnings():
             warnings.simplefilter("ignore")     # about other tools' file formats: the content is checked here
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # an arbitrary file can make the unpickler raise anything
-        raise InputError(f"{flag} {path}: not a checkpoint that can be read safely, it is {_what_file(path, error)}"
+        raise InputError(f"{flag} {path}: not a checkpoint that can be read safely, it is {_what_file(head, error)}"
                          ) from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{flag} {path}: contains a {type(checkpoint).__name__}, not a checkpoint; {_SAVE_ALONE}")
@@ -187,15 +192,13 @@ def _what_folder(path):
     return "is a folder, pass a file in it"
 
 
-def _what_file(path, error):
-    """What a file is that cannot be read as a checkpoint, and what to do."""
-    with open(path, "rb") as file:
-        head = file.read(512)
+def _what_file(head, error):
+    """What a file is that cannot be read as a checkpoint, by its first bytes and the error, and what to do."""
     for pattern, what in _OTHER_FILES.items():
         if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
             return what
     if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"more than data, an object of the class {refused[1]} is in it; {_SAVE_ALONE}"
+        return f"more than data, it refers to {refused[1]}; {_SAVE_ALONE}"
     if "TorchScript" in str(error):
         return f"a TorchScript model; {_SAVE_ALONE}"
     return (f"damaged or of another kind ({type(error).__name__}); use a file written by train.py or lincls.py, or a "

@@ -62,8 +62,8 @@ class Classifiers(nn.ModuleList):
         return saved
 
     def restore(self, saved, source):
-        """Load the classifiers from a checkpoint, classes by name if it has the names. Raises InputError, starting with
-        `source`, the flag and file, if they do not match these.
+        """Load the classifiers from a checkpoint, classes by name if it has the names (older files have none). Raises
+        InputError, starting with `source`, the flag and file, if they do not match these.
         """
         state = plain_names(saved["state_dict"])
         head = {name: state.get(f"fc.{name}", torch.empty(0, 0)) for name in ("weight", "bias")}

@@ -1,6 +1,7 @@
 """The image files in a folder, listed so that 14 million of them take little memory, and none of it twice."""
 
 import hashlib
+import heapq
 import os
 import time
 import warnings
@@ -18,15 +19,16 @@ from sogclr.distributed import log
 _LITTER = (b"__MACOSX", b"@eaDir", b"#recycle", b"@Recycle", b"$RECYCLE.BIN", b"System Volume Information",
            b"lost+found")
 _ENDINGS = tuple(map(str.encode, IMG_EXTENSIONS))
-_BITS_PER_SAMPLE = 258      # a tag of TIFF files
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262       # tags of TIFF files
 
 
 class ImageFiles:
     """`files[i] -> (RGB image, label)` for every image file in a tree, in the order of torchvision's ImageFolder.
 
     root: the folder; labels: whether its subfolders are classes (else every image has label 0, and images may be
-    anywhere in it). Hidden files and folders, those that systems add, and folders that are listed already are left out,
-    which is logged. Raises InputError if there are no images, or a class has none; OSError if a folder cannot be read.
+    anywhere in it). Hidden files and folders, those that systems add, and links to folders above or that are listed
+    already (in the same class) are left out, which is logged. Raises InputError if there are no images, or a class has
+    none; OSError if a folder cannot be read.
 
     The names are one byte array and the rest are number arrays. Forked workers share their pages with the parent and,
     with no reference counts to update, never copy them; each would copy a list of 14 million Python strings. Memory for
@@ -68,7 +70,10 @@ class ImageFiles:
     @property
     def digest(self):
         """16 hexadecimal digits that change with any image's name, class or position, but not with file contents."""
-        return hashlib.sha256(self.names.tobytes() + self.ends.tobytes() + self.targets.tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for part in (self.names, self.ends, self.targets):
+            digest.update(part)
+        return digest.hexdigest()[:16]
 
     def path(self, i):
         """The file's path as bytes, since names need not be UTF-8."""
@@ -80,7 +85,8 @@ class ImageFiles:
         name = _text(path)
         try:
             with open(path, "rb") as file, warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+                for category in (UserWarning, RuntimeWarning):
+                    warnings.simplefilter("always", category)
                 image = _to_rgb(Image.open(file))
         except Exception as error:      # a damaged file can make a decoder raise anything
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
@@ -96,8 +102,10 @@ def _to_rgb(image):
     """
     image.load()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]         # a TIFF's can also be 12
-        image = Image.fromarray((np.asarray(image) * (255 / (2**bits - 1))).round().clip(0, 255).astype(np.uint8))
+        tags = getattr(image, "tag_v2", {})         # of a TIFF, which can also have 12 bits, or 0 for white
+        levels = np.asarray(image) / (2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1)
+        levels = 1 - levels if tags.get(_PHOTOMETRIC) == 0 else levels
+        image = Image.fromarray((255 * levels).round().clip(0, 255).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode}, whose range of values is unknown: convert it to 8 or 16 bits")
     elif image.mode == "P" and "transparency" in image.info:
@@ -109,12 +117,13 @@ class _LeftOut:
     """Counts what a listing leaves out, by name, and files that are not images, by ending."""
 
     def __init__(self):
-        self.hidden, self.repeated, self.beside, self.endings = Counter(), Counter(), Counter(), Counter()
+        self.hidden, self.repeated, self.broken, self.beside, self.endings = (Counter() for _ in range(5))
 
     def lines(self, images):
         """What the user should know about a listing with this many images."""
         for names, what in ((self.hidden, "hidden or system files and folders"),
                             (self.repeated, "links to folders above it or listed already"),
+                            (self.broken, "links that lead nowhere"),
                             (self.beside, "images beside the class folders")):
             if names:
                 yield f"left out {names.total()} {what}, such as '{_text(min(names))}'"
@@ -142,6 +151,8 @@ def _scan(folder, left_out):
                 folders.append((entry.path, link))
             elif is_image:
                 files.append(name)
+            elif link and not os.path.exists(entry.path):
+                left_out.broken[name] += 1
             else:
                 left_out.endings[os.path.splitext(name)[1].lower()] += 1
     return folders, files
@@ -153,7 +164,7 @@ def _classes(root, above, left_out):
     left_out.beside.update(images)
     for path, _ in folders:
         if os.path.realpath(path) in above:
-            left_out.repeated[path] += 1
+            left_out.repeated[os.path.basename(path)] += 1
         else:
             yield os.fsdecode(os.path.basename(path))
 
@@ -166,18 +177,21 @@ def _image_paths(start, above, left_out):
     """
     entered, found, links = set(above), [], [start]
     while links:
-        folders = [links.pop(links.index(min(links)))]
+        link = heapq.heappop(links)
+        folders = [(link, os.path.realpath(link))]
         while folders:
-            folder = folders.pop()
-            real = os.path.realpath(folder)
+            folder, real = folders.pop()
             if real in entered:
-                left_out.repeated[folder] += 1
+                left_out.repeated[os.path.basename(folder)] += 1
                 continue
             entered.add(real)
             inside, files = _scan(folder, left_out)
             found.append((folder, files))
             for path, is_link in inside:
-                (links if is_link else folders).append(path)
+                if is_link:
+                    heapq.heappush(links, path)
+                else:
+                    folders.append((path, os.path.join(real, os.path.basename(path))))
     for folder, files in sorted(found):
         for name in sorted(files):
             yield os.path.join(folder, name)

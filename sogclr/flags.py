@@ -33,9 +33,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
-    def parse_args(self, *args):
+    def parse_known_args(self, *args, **kwargs):        # parse_args calls it, too
         escape_output()
-        return super().parse_args(*args)
+        return super().parse_known_args(*args, **kwargs)
 
     def error(self, message):
         name, _, rest = message.partition(": ")

@@ -99,7 +99,10 @@ def _require_free_port(url):
 
 def _require_address(url, world_size):
     """Raise InputError if rank 0's host name has no address: torch would try in silence until its timeout."""
-    host = os.environ.get("MASTER_ADDR") if url == "env://" else urllib.parse.urlsplit(url).hostname
+    try:
+        host = os.environ.get("MASTER_ADDR") if url == "env://" else urllib.parse.urlsplit(url).hostname
+    except ValueError as error:
+        raise InputError(f"--dist-url {url}: must be tcp://HOST:PORT or env:// ({error})") from error
     end = time.monotonic() + (LOOKUP_SECONDS if world_size > ranks_here() else 0)
     while host:
         try:

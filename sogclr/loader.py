@@ -64,9 +64,9 @@ def center_view(image, size):
     Up to 32 pixels the whole image is used. Of an image more than 16 times as long as wide, resized at full length it
     would take gigabytes, only the middle is resized.
     """
-    short = min(image.size)
-    # Its length has the image's parity, so that the middle stays the middle.
-    image = center_crop(image, [min(length, 16 * short + length % 2) for length in reversed(image.size)])
+    longest = 16 * min(image.size)
+    if max(image.size) > longest:       # of the same parity, so that the middle stays the middle
+        image = center_crop(image, [min(length, longest + length % 2) for length in reversed(image.size)])
     return pil_to_tensor(center_crop(resize(image, size if size <= 32 else size * 256 // 224), [size, size]))
 
 

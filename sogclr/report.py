@@ -67,9 +67,8 @@ class Events:
         try:
             yield
         except (OSError, UnicodeError, ImportError) as error:   # perhaps of an earlier call: a thread writes the events
-            why = getattr(error, "strerror", None) or error
-            if isinstance(error, UnicodeError):
-                why = "its name is not UTF-8"
+            utf8 = not isinstance(error, UnicodeError)
+            why = getattr(error, "strerror", None) or error if utf8 else "its name is not UTF-8"
             print(f"=> TensorBoard logging disabled: {self.folder}: {why}", file=sys.stderr, flush=True)
             self.writer = None
 

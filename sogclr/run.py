@@ -18,9 +18,6 @@ from sogclr.checkpoint import LAST, PREVIOUS
 from sogclr.distributed import barrier, broadcast_int, log, rank
 from sogclr.launch import stop_requested
 
-# Of a run folder's name. File systems allow 255, and lincls.py adds 12 to a pretraining run's.
-NAME_BYTES = 243
-
 
 class Run:
     """A run and its folder, which it creates, locks, and records the command line in. A context manager for saving.
@@ -43,7 +40,7 @@ class Run:
             kept = [path for path in (folder / LAST, folder / PREVIOUS) if os.path.exists(path)]
             kept += sorted(folder.glob("checkpoint_[0-9]*.pth.tar"), reverse=True)
         except OSError as error:
-            raise InputError(f"--save_dir {folder.parent}: cannot be read: {error.strerror}") from error
+            raise InputError(f"--save_dir {folder.parent}: cannot be written: {error.strerror}") from error
         if write:
             if kept and not resume:
                 raise InputError(f"{folder}: already contains a run with these settings, "
@@ -162,9 +159,9 @@ class Run:
                           "settings": self.settings, **self.state.saved()}, *names)
 
 
-def file_name(text, most=NAME_BYTES):
-    """A name for a file or folder: the text if it has at most this many bytes, else its beginning and a digest. Bytes
-    that are not UTF-8, which TensorBoard could not write, are escaped.
+def file_name(text, most=255):
+    """A name for a file or folder: the text if it has at most this many bytes, else its beginning and a digest. File
+    systems allow 255. Bytes that are not UTF-8, which TensorBoard could not write, are escaped.
     """
     content = os.fsencode(text).decode("utf-8", "backslashreplace").encode()
     if len(content) > most:

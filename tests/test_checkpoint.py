@@ -149,7 +149,7 @@ def test_code_is_not_unpickled(tmp_path, monkeypatch):
     with open("pickled.pth", "wb") as file:
         pickle.dump({"state_dict": Evil()}, file, protocol=4)
     for name in ("evil.pth", "pickled.pth"):
-        what = r"an object of the class \w+.mkdir is in it" if name == "evil.pth" else r"damaged .*\(UnpicklingError\)"
+        what = r"more than data, it refers to \w+.mkdir" if name == "evil.pth" else r"damaged .*\(UnpicklingError\)"
         with pytest.raises(InputError, match=f"--pretrained {name}: not a checkpoint that .* {what}; ") as caught:
             checkpoint.load(name, "--pretrained")
         assert "\n" not in str(caught.value)
@@ -179,6 +179,19 @@ def test_what_a_file_is_instead(tmp_path, content, what):
         checkpoint.load(tmp_path / "file.pth", "--pretrained")
 
 
+@pytest.mark.parametrize("call", ["builtins.open", "os.listdir"])
+def test_a_file_without_permission_is_one_line(tmp_path, monkeypatch, call):
+    """Also a folder, where what is in it would say what it is."""
+    def denied(path, *_):
+        raise PermissionError(13, "Permission denied", path)
+
+    path = tmp_path / "file.pth" if call == "builtins.open" else tmp_path
+    (tmp_path / "file.pth").write_bytes(b"")
+    monkeypatch.setattr(call, denied)
+    with pytest.raises(InputError, match=f"^--resume {path}: cannot be read: Permission denied$"):
+        checkpoint.load(path, "--resume")
+
+
 class Settings(dict):
     """As omegaconf's."""
 
@@ -189,7 +202,7 @@ def test_objects_in_a_file_are_named(tmp_path):
     for content, name in ((model, "torch.nn.modules.linear.Linear"),
                           ({"state_dict": model.state_dict(), "cfg": Settings()}, f"{__name__}.Settings")):
         torch.save(content, tmp_path / "file.pth")
-        with pytest.raises(InputError, match=f"more than data, an object of the class {name} is in it; .* save"):
+        with pytest.raises(InputError, match=f"more than data, it refers to {name}; .* save the weights alone"):
             checkpoint.load(tmp_path / "file.pth", "--pretrained")
     torch.save([model.state_dict()], tmp_path / "file.pth")
     with pytest.raises(InputError, match="contains a list, not a checkpoint; where it was made, save the weights"):

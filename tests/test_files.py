@@ -65,7 +65,6 @@ def test_links_to_folders_above_are_not_followed(tree, labels, capsys):
     (tree / "bee" / "here").symlink_to(".")
     (tree / "cat" / "far_up").symlink_to("/")
     (tree / "again").symlink_to(tree)
-    (tree / "ring").symlink_to("ring")
     (tree.parent / "elsewhere").mkdir()
     (tree.parent / "elsewhere" / "back").symlink_to(tree)
     (tree / "cat" / "elsewhere").symlink_to(tree.parent / "elsewhere")
@@ -83,6 +82,15 @@ def test_folder_behind_several_links_is_listed_once(tree):
         (tree / name).symlink_to(tree.parent / "outside")
     (tree / "three").symlink_to(tree.parent / "outside" / "deeper")
     assert listed(tree, labels=False)[0] == [*expected, "one/deeper/x.jpg"]
+
+
+def test_links_that_lead_nowhere_are_said(tree, capsys):
+    """A class on a disk that is not there must not vanish silently; a broken image is an error once it is read."""
+    (tree / "dog").symlink_to(tree / "elsewhere")
+    (tree / "ring").symlink_to("ring")
+    (tree / "ant" / "99.jpg").symlink_to("nowhere.jpg")
+    assert len(ImageFiles(tree, labels=True)) == 49
+    assert "left out 2 links that lead nowhere, such as 'dog'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("labels", [False, True])
@@ -140,9 +148,10 @@ def test_16_bit_gray_keeps_its_levels(tmp_path):
     for name in ("cone.png", "cone.tif", "cone.pgm"):
         Image.fromarray(cone).save(tmp_path / name)
     Image.fromarray(cone.astype(">u2")).save(tmp_path / "big_endian.tiff")
+    Image.fromarray(65535 - cone).save(tmp_path / "white_is_0.tif", tiffinfo={262: 0})
     files = ImageFiles(tmp_path, labels=False)
-    assert len(files) == 4
-    for i in range(4):
+    assert len(files) == 5
+    for i in range(5):
         gray = np.asarray(files[i][0])
         assert (gray == np.round(cone / 257)[..., None]).all(), files.path(i)
         assert len(np.unique(gray)) > 100

@@ -1,5 +1,6 @@
 """Flags and input: the authors' commands, the help, and one line for whatever is wrong."""
 
+import itertools
 import shlex
 import socket
 
@@ -152,7 +153,9 @@ def test_unknown_host_name(environment, flags, message, monkeypatch, capsys):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    monkeypatch.setattr(launch, "LOOKUP_SECONDS", 1.5)
+    clock = itertools.count(0, 10)      # seconds
+    monkeypatch.setattr(launch.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(launch.time, "sleep", lambda _: None)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     refused(train, flags, message, monkeypatch, capsys)

@@ -19,6 +19,7 @@ def fail(message):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")       # print any name
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("imagenet", type=Path, help="folder that contains train/<wnid>/ and val/<wnid>/")
     parser.add_argument("dst", type=Path, help="folder to create")
