@@ -179,9 +179,10 @@ class Evaluation:
         log(f"=> {args.data_name}: {len(self.train_data.images)} training and {len(self.val_data.images)} validation "
             f"images of {image_size} pixels, {len(self.classes)} classes, seed {run.seed}"
             + f", run folder {run.folder}" * (not args.evaluate))
-        trained_at = (self.pretraining["encoder"] or {}).get("image_size", image_size)
+        made_with = run.saved.get("settings") or self.pretraining["encoder"] or {}
+        trained_at = made_with.get("image_size", image_size)
         if trained_at != image_size:
-            log(f"=> note: the encoder was pretrained at {trained_at} pixels; to match, pass --image-size {trained_at}")
+            log(f"=> note: it was trained at {trained_at} pixels; to match, pass --image-size {trained_at}")
 
     @torch.inference_mode()
     def encode(self, images):
@@ -216,7 +217,7 @@ def read_encoder(args, run):
             pretraining = {"encoder": settings, "pretraining_seconds": loaded.get("seconds")}
     if not run.saved:
         return pretrained, pretraining
-    resumed, settings = encoder_state(run.saved, run.source, args.arch), run.saved.get("settings", {})
+    resumed, settings = encoder_state(run.saved, run.source, args.arch), run.saved.get("settings") or {}
     if pretrained is None and settings.get("pretrained") and not args.evaluate:
         raise InputError(f"{run.source}: was made with --pretrained {settings['pretrained']}, pass that too")
     if pretrained is not None and not settings.get("finetune") and not (

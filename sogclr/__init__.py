@@ -18,6 +18,12 @@ class Stopped(Exception):
     """Raised after a signal has stopped the run and all of it is saved. The message says where it stopped."""
 
 
+def printable(name):
+    """A name, str or bytes, as one line that any terminal shows: what is not printable or not UTF-8 is escaped."""
+    text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def one_line(error):
     """The beginning of a library's error message, as one line."""
     return " ".join(str(error).split())[:200]

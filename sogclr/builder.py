@@ -111,8 +111,13 @@ def encoder_state(checkpoint, source, arch=None):
     """
     if arch and checkpoint.get("arch", arch) != arch:
         raise InputError(f"{source}: was made with --arch {checkpoint['arch']}, not {arch}")
-    inside = next((checkpoint[key] for key in _WRAPPERS if isinstance(checkpoint.get(key), dict)), checkpoint)
+    inside = checkpoint
+    while key := next((key for key in _WRAPPERS if isinstance(inside.get(key), dict)), None):
+        inside = inside[key]
     state = _tensors(inside)
+    if len(state) < sum(isinstance(value, torch.Tensor) for value in inside.values()):
+        raise InputError(f"{source}: has tensors whose names differ only in a wrapper's part, such as 'module.'; "
+                         "save one of them alone")
     prefix = _prefix(state)
     if prefix is None:
         found = _some(checkpoint) if inside is checkpoint else f"{_some(checkpoint)}, with the tensors {_some(state)}"
@@ -124,6 +129,10 @@ def encoder_state(checkpoint, source, arch=None):
                 f"; to use {nest!r}, torch.save(torch.load(FILE, weights_only=True)[{nest!r}], NEW)" for nest in nests))
     state = {key.removeprefix(prefix): value for key, value in state.items()
              if key.startswith(prefix) and not key.startswith(prefix + "fc.")}
+    for key, value in state.items():
+        if not key.endswith("num_batches_tracked") and not (value.is_floating_point() and value.isfinite().all()):
+            raise InputError(f"{source}: {prefix}{key} is not finite, or not of floating-point numbers "
+                             f"({str(value.dtype).removeprefix('torch.')}), use another file")
     # Files from before torch 0.4.1 lack BatchNorm's counters, which are unused here.
     counters = {key.replace("running_mean", "num_batches_tracked") for key in state if key.endswith("running_mean")}
     return state | {key: torch.tensor(0) for key in counters - state.keys()}
@@ -143,13 +152,13 @@ def load_encoder(model, state, source):
 
 def _tensors(state):
     """The tensors in a state dict, under names without torch's wrappers."""
-    return plain_names({key: value for key, value in state.items()
-                        if isinstance(key, str) and isinstance(value, torch.Tensor)})
+    return plain_names({str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)})
 
 
 def _prefix(state):
     """The first of the `ENCODER_PREFIXES` under which a state dict has an encoder, None if under none."""
-    return next((prefix for prefix in ENCODER_PREFIXES if prefix + "conv1.weight" in state), None)
+    return next((prefix for prefix in ENCODER_PREFIXES
+                 if prefix + "conv1.weight" in state and state[prefix + "conv1.weight"].ndim == 4), None)
 
 
 def _some(names):

@@ -244,7 +244,7 @@ def restore_parts(saved, source, **parts):
         try:
             if state or not isinstance(part, torch.amp.GradScaler):
                 part.load_state_dict(state)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{source}: was made with another model, optimizer or protocol: {one_line(error)}"
                              ) from error
 

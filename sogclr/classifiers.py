@@ -83,7 +83,7 @@ class Classifiers(nn.ModuleList):
         """The position of each class among the same classes in another order. Raises InputError if others differ."""
         if different := set(classes) ^ set(self.classes):
             first = min(different)
-            raise InputError(f"{source}: has other classes than --data, the first that differs is '{first}', only in "
+            raise InputError(f"{source}: has other classes than --data, the first that differs is {first!r}, only in "
                              + ("the checkpoint" if first in classes else "--data")
                              + ": use a folder with the checkpoint's class names")
         position = {name: k for k, name in enumerate(classes)}

@@ -75,7 +75,7 @@ def open_train_and_val(name, folder, image_size=None, train=None):
     if classes != others:
         first = min(set(classes) ^ set(others))
         raise InputError(f"--data {folder or Path('data') / name}: train and val have different classes "
-                         f"({len(classes)} and {len(others)}), '{first}' is only in "
+                         f"({len(classes)} and {len(others)}), {first!r} is only in "
                          f"{'train' if first in classes else 'val'}, make their folders the same")
     return train, val
 

@@ -29,12 +29,12 @@ def world_size():
 
 def local_rank():
     """This process's rank on its own machine, which selects the GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ.get("LOCAL_RANK") or 0)
 
 
 def ranks_here():
     """Number of this run's processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def log(line, live=False):
@@ -42,7 +42,10 @@ def log(line, live=False):
     if rank() == 0:
         if live:
             line = line[:shutil.get_terminal_size().columns - 1]
-        print(f"\r{line}\x1b[K" if sys.stdout.isatty() else line, end="" if live else "\n", flush=True)
+        try:
+            print(f"\r{line}\x1b[K" if sys.stdout.isatty() else line, end="" if live else "\n", flush=True)
+        except BrokenPipeError:     # nobody reads any more (`| head`, a `tee` that has ended): the run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def join(url, rank, world_size, backend, device):

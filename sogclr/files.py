@@ -9,10 +9,10 @@ from array import array
 from collections import Counter
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from sogclr import InputError, one_line
+from sogclr import InputError, one_line, printable
 from sogclr.distributed import log
 
 # Folders that systems add, besides those whose names begin with a dot.
@@ -82,15 +82,17 @@ class ImageFiles:
     def __getitem__(self, i):
         """Raises InputError if the file is not a readable image. Pillow's warnings are given with the file's name."""
         path = self.path(i)
-        name = _text(path)
+        name = printable(path)
         try:
             with open(path, "rb") as file, warnings.catch_warnings(record=True) as caught:
                 for category in (UserWarning, RuntimeWarning):
                     warnings.simplefilter("always", category)
                 image = _to_rgb(Image.open(file))
         except Exception as error:      # a damaged file can make a decoder raise anything
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
-            raise InputError(f"{name}: not a readable image ({reason.replace(name, 'it').splitlines()[0]})") from error
+            reason = getattr(error, "strerror", None) or str(error) or repr(error)
+            if isinstance(error, UnidentifiedImageError):
+                reason = "of no format that Pillow knows" if os.path.getsize(path) else "empty"
+            raise InputError(f"{name}: not a readable image ({reason.splitlines()[0]})") from error
         for warning in caught:
             warnings.warn(f"{name}: {one_line(warning.message)}", stacklevel=2)
         return image, int(self.targets[i])
@@ -107,7 +109,7 @@ def _to_rgb(image):
         levels = 1 - levels if tags.get(_PHOTOMETRIC) == 0 else levels
         image = Image.fromarray((255 * levels).round().clip(0, 255).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode}, whose range of values is unknown: convert it to 8 or 16 bits")
+        raise ValueError(f"mode {image.mode}, whose range is unknown: convert it to 8 bits or unsigned 16 bits")
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")       # the same colors; Pillow warns about converting directly
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -126,9 +128,9 @@ class _LeftOut:
                             (self.broken, "links that lead nowhere"),
                             (self.beside, "images beside the class folders")):
             if names:
-                yield f"left out {names.total()} {what}, such as '{_text(min(names))}'"
+                yield f"left out {names.total()} {what}, such as '{printable(min(names))}'"
         if 10 * self.endings.total() > images:
-            counts = ", ".join(f"{count} {_text(ending) or 'without ending'}"
+            counts = ", ".join(f"{count} {printable(ending) or 'without ending'}"
                                for ending, count in self.endings.most_common(5)) + ", ..." * (len(self.endings) > 5)
             yield (f"{self.endings.total()} files are not read as images ({counts}), only those named "
                    + ", ".join(IMG_EXTENSIONS))
@@ -143,7 +145,8 @@ def _scan(folder, left_out):
         for entry in entries:
             name, link = entry.name, entry.is_symlink()
             is_folder = os.path.isdir(entry.path) if link else entry.is_dir()
-            is_image = not is_folder and name.lower().endswith(_ENDINGS)
+            # A pipe would keep its reader waiting.
+            is_image = not is_folder and name.lower().endswith(_ENDINGS) and (link or entry.is_file())
             if name.startswith(b".") or name in _LITTER:
                 if is_folder or is_image:
                     left_out.hidden[name] += 1
@@ -203,7 +206,3 @@ def _with_parents(path):
     while (parent := os.path.dirname(path)) != path:
         paths.add(path := parent)
     return paths
-
-
-def _text(name):
-    return name.decode("utf-8", "backslashreplace")

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -33,9 +34,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
-    def parse_known_args(self, *args, **kwargs):        # parse_args calls it, too
+    def parse_known_args(self, args=None, namespace=None):      # parse_args calls it, too
         escape_output()
-        return super().parse_known_args(*args, **kwargs)
+        words = sys.argv[1:] if args is None else list(args)
+        for flag, word in zip(words, [*words[1:], None], strict=False):
+            if word == "" or re.fullmatch("--[^=]*=", flag):
+                self.error(f"argument {flag}: its value is empty, as if a variable were not set; leave the flag out")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message):
         name, _, rest = message.partition(": ")

@@ -80,29 +80,29 @@ def _check_flags(args):
         (args.world_size > 1 and (args.rank < 0 or not args.dist_url),
          f"--world-size {args.world_size}: needs --rank (0 to {args.world_size - 1}) and --dist-url tcp://HOST:PORT "
          "of rank 0"))
-    if (several or gpus > 1) and not args.rank > 0 and (args.dist_url or "").startswith("tcp://"):
-        _require_free_port(args.dist_url)
+    if (args.dist_url or "").startswith("tcp://"):
+        _require_port(args.dist_url, free=(several or gpus > 1) and args.rank <= 0)
 
 
-def _require_free_port(url):
-    """Raise InputError if this machine, which has rank 0, cannot listen on `tcp://HOST:PORT`."""
+def _require_port(url, free):
+    """Raise InputError if `tcp://HOST:PORT` has no port, or it must be free and this machine cannot listen on it."""
     try:
-        port = urllib.parse.urlsplit(url).port or 0
+        port = urllib.parse.urlsplit(url).port
+    except ValueError:
+        port = None
+    if not port:
+        raise InputError(f"--dist-url {url}: must be tcp://HOST:PORT with a number below 65536")
+    try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # a port closed just now is free
-            probe.bind(("", port))
-    except ValueError as error:
-        raise InputError(f"--dist-url {url}: must be tcp://HOST:PORT with a number below 65536") from error
+            probe.bind(("", port if free else 0))
     except OSError as error:
         raise InputError(f"--dist-url {url}: port {port} cannot be used ({error.strerror}), use another") from error
 
 
 def _require_address(url, world_size):
     """Raise InputError if rank 0's host name has no address: torch would try in silence until its timeout."""
-    try:
-        host = os.environ.get("MASTER_ADDR") if url == "env://" else urllib.parse.urlsplit(url).hostname
-    except ValueError as error:
-        raise InputError(f"--dist-url {url}: must be tcp://HOST:PORT or env:// ({error})") from error
+    host = os.environ.get("MASTER_ADDR") if url == "env://" else urllib.parse.urlsplit(url).hostname
     end = time.monotonic() + (LOOKUP_SECONDS if world_size > ranks_here() else 0)
     while host:
         try:

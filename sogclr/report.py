@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+from sogclr import printable
 from sogclr.distributed import gather, rank, world_size
 
 THUMBNAIL = 32      # pixels per side; TensorBoard needs 1000 of them in one image of at most 8192
@@ -139,7 +140,7 @@ def add_embedding(folder, encode, loader, classes, step):
     parts = [(encode(images), labels.to(loader.device), _thumbnails(images)) for images, labels in loader.epoch(0)]
     features, labels, thumbnails = (gather(torch.cat(part)).cpu() for part in zip(*parts, strict=True))
     if rank() == 0 and not (folder / f"{step:05d}").exists():
-        names = [os.fsencode(classes[label]).decode("utf-8", "backslashreplace") for label in labels]
+        names = [printable(classes[label]) for label in labels]
         with Events(folder) as events:
             events.write("add_embedding", features, metadata=names, label_img=thumbnails, global_step=step)
 

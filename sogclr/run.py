@@ -53,6 +53,8 @@ class Run:
             path, self.saved = self._newest_intact(kept, keys)
         elif resume:
             self.saved = checkpoint.load(resume, "--resume", keys)
+            if "best_acc1" in self.saved and "best_acc1" not in keys:
+                raise InputError(f"--resume {resume}: is from lincls.py, pass a checkpoint from train.py")
         self.resume, self.source = path, f"--resume {path}"
         for name in ("epoch", "step"):
             here, there = self.saved.get(name, 0), broadcast_int(self.saved.get(name, 0))
@@ -103,7 +105,7 @@ class Run:
         """
         self.state, self.settings = state, settings
         if self.saved:
-            made_with = {"arch": self.saved["arch"], **self.saved.get("settings", {})}
+            made_with = {"arch": self.saved["arch"], **(self.saved.get("settings") or {})}
             parser.require_same(made_with, {name: settings[name] for name in names}, self.source)
             state.restore(self.saved, self.source)
             checkpoint.require_same_images(made_with, settings, self.source)

@@ -128,14 +128,28 @@ def test_wrapped_modules_are_the_same(names, tmp_path):
     assert all(torch.equal(state[key], plain[key]) for key in plain)
 
 
+CONV = torch.zeros(64, 3, 7, 7)
+
+
 @pytest.mark.parametrize(("content", "found"), [
     ({"state_dict": {"0.weight": torch.zeros(1), "0.bias": torch.zeros(1)}},
      r"found state_dict, with the tensors 0\.weight, 0\.bias"),
     ({"epoch": 3}, "found epoch"), ({}, "found nothing"),
-    ({"student": {"module.backbone.conv1.weight": torch.zeros(1)}, "teacher": {"backbone.conv1.weight": torch.zeros(1)},
+    ({"student": {"module.backbone.conv1.weight": CONV}, "teacher": {"backbone.conv1.weight": CONV},
       "epoch": 3}, r"found student, teacher, epoch; to use 'student', .*\['student'\], NEW\); to use 'teacher', "),
-    ({"model_ema": {"conv1.weight": torch.zeros(1)}, "optimizer": {}}, "found model_ema, optimizer; to use 'model_")])
+    ({"model_ema": {"conv1.weight": CONV}, "optimizer": {}}, "found model_ema, optimizer; to use 'model_"),
+    ({"conv1.weight": torch.tensor(1.0)}, r"found conv1\.weight")])
 def test_file_without_an_encoder(content, found):
     """One line must say what is in it, and how to use an encoder that is deeper inside."""
     with pytest.raises(InputError, match=f"^file: contains no ResNet encoder, .* {found}"):
         encoder_state(content, "file")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"layer1.0.conv1.weight": torch.full((64, 64, 3, 3), float("nan"))}, r"layer1\.0\.conv1\.weight is not finite"),
+    ({"conv1.weight": torch.zeros(64, 3, 7, 7, dtype=torch.int8)}, r"conv1\.weight is not .* floating-.*\(int8\)"),
+    ({"module.conv1.weight": CONV}, "has tensors whose names differ only in a wrapper's part")])
+def test_weights_that_cannot_be_meant(change, message):
+    """Not finite, integers, or two of one name: one line, instead of an accuracy that means nothing."""
+    with pytest.raises(InputError, match=f"^file: .*{message}"):
+        encoder_state({"model": {"state_dict": resnet("resnet18").state_dict() | change}}, "file")

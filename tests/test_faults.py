@@ -195,6 +195,17 @@ def test_a_run_is_saved_although_nobody_reads_its_errors(imagenet, tmp_path):
     assert load(tmp_path)["epoch"] >= 1
 
 
+def test_a_run_goes_on_although_nobody_reads_its_output(imagenet, tmp_path):
+    """As with `| head`, or a `tee` that has been killed."""
+    command = ["--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path]
+    with Process(PYTHON, ROOT / "train.py", *command) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait() == 0
+        assert process.stderr.read() == ""
+    assert load(tmp_path)["epoch"] == 2
+
+
 def test_a_second_ctrl_c_ends_a_process_that_hangs(imagenet, tmp_path):
     """It does not react to the first signal; the second must end all and leave no process behind. Other signals must
     not: launchers send them even after all is saved.

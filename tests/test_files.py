@@ -12,7 +12,7 @@ from helpers import write_image
 from PIL import Image
 
 from sogclr import InputError
-from sogclr.datasets import open_data_set
+from sogclr.datasets import open_data_set, open_train_and_val
 from sogclr.files import ImageFiles
 from sogclr.loader import center_view, random_crop
 
@@ -93,6 +93,19 @@ def test_links_that_lead_nowhere_are_said(tree, capsys):
     assert "left out 2 links that lead nowhere, such as 'dog'" in capsys.readouterr().out
 
 
+def test_names_in_messages_are_one_line(tmp_path):
+    """Also those with line breaks or other control characters, or bytes that are not UTF-8."""
+    (tmp_path / os.fsdecode(b"a\nb\x1b[2J\xe9.jpg")).write_bytes(b"x")
+    with pytest.raises(InputError) as caught:
+        ImageFiles(tmp_path, labels=False)[0]
+    name = r"a\nb\x1b[2J\udce9.jpg"
+    assert str(caught.value) == f"{tmp_path}/{name}: not a readable image (of no format that Pillow knows)"
+    for split, name in (("train", "a\nb"), ("val", "c")):
+        write_image(tmp_path / split / name / "1.jpg", 0)
+    with pytest.raises(InputError, match=r"different classes \(1 and 1\), 'a\\nb' is only in train"):
+        open_train_and_val("folder", tmp_path)
+
+
 @pytest.mark.parametrize("labels", [False, True])
 def test_hidden_and_system_files_are_left_out(tree, labels, capsys):
     """They are neither classes nor images, and one line says how many there are."""
@@ -162,7 +175,7 @@ def test_16_bit_gray_keeps_its_levels(tmp_path):
 def test_unknown_range_is_refused(tmp_path, dtype, mode):
     """32-bit pixels, which Pillow would clip to white or black: one line that names the file and its mode."""
     Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "deep.tif")
-    with pytest.raises(InputError, match=rf"deep\.tif: not a readable image \(mode {mode}, .*convert it to 8 or 16"):
+    with pytest.raises(InputError, match=rf"deep\.tif: not a readable image \(mode {mode}, .*convert it to 8 bits"):
         ImageFiles(tmp_path, labels=False)[0]
 
 
@@ -205,7 +218,8 @@ def zoo(tmp_path):
     header[16:24] = (60000).to_bytes(4, "big") * 2              # a decompression bomb: 3.6 gigapixels
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
     (bad / "bomb.png").write_bytes(header)
-    (bad / "folder.jpg").mkdir()                                # not a file: not listed
+    (bad / "folder.jpg").mkdir()                                # not files: not listed
+    os.mkfifo(bad / "pipe.jpg")
     return good, bad
 
 

@@ -3,6 +3,7 @@
 import itertools
 import shlex
 import socket
+import types
 
 import pytest
 import torch
@@ -84,11 +85,16 @@ BAD = [
     (train, ["--resume", "EMPTY"], "--resume EMPTY: is a folder, pass a file in it"),
     (train, ["--resume", "TEXT"], "--resume TEXT: not a checkpoint"),
     (lincls, ["--resume", "OTHER"], "is not a checkpoint from this script"),
+    (train, ["--resume", "LINEAR"], "LINEAR: is from lincls.py, pass a checkpoint from train.py"),
+    (train, ["--resume", "NO_SETTINGS"], "NO_SETTINGS: was made with another model, optimizer or protocol: "),
+    (lincls, ["--pretrained", ""], "argument --pretrained: its value is empty"),
+    (train, ["--data", "DIR", "--save_dir="], "argument --save_dir=: its value is empty"),
     (train, ["--multiprocessing-distributed", "--dist-url", "USED"], "cannot be used (Address already in use)"),
     (train, ["--world-size", "2", "--rank", "0", "--dist-url", "USED"], "cannot be used (Address already in use)"),
     (train, ["--multiprocessing-distributed", "--dist-url", "localhost"], "--dist-url localhost: must be"),
     (train, ["--multiprocessing-distributed", "--dist-url", "tcp://localhost:99999"], "a number below 65536"),
     (train, ["--multiprocessing-distributed", "--dist-url", "tcp://localhost:x"], "a number below 65536"),
+    (train, ["--world-size", "2", "--rank", "1", "--dist-url", "tcp://localhost"], "a number below 65536"),
     (train, ["--world-size", "2", "--rank", "0"], "--world-size 2: needs"),
     (train, ["--world-size", "2", "--rank", "0", "--dist-url", "env://"], "variable MASTER_ADDR expected"),
     (train, ["--world-size", "2", "--rank", "2", "--dist-url", "tcp://localhost:1"], "--rank 2: must be below"),
@@ -116,6 +122,9 @@ def test_bad_input_is_one_line(module, flags, message, pretrained, imagenet, use
     (tmp_path / "TEXT").write_text("text")
     (tmp_path / "ONE_CLASS" / "train").mkdir(parents=True)
     (tmp_path / "ONE_CLASS" / "train" / "n01440764").symlink_to(imagenet / "train" / "n01440764")
+    other = torch.load(newest(pretrained[1], "checkpoint_0000.pth.tar"), weights_only=True)
+    torch.save(other | {"best_acc1": 1.0}, tmp_path / "LINEAR")
+    torch.save(other | {"settings": None, "optimizer": []}, tmp_path / "NO_SETTINGS")
     names = {"OTHER": newest(pretrained[1], "checkpoint_0000.pth.tar"), "SUBSET": imagenet / "train" / "n01440764",
              "USED": used}
     flags = [str(names.get(flag, flag)) for flag in flags]
@@ -153,9 +162,9 @@ def test_unknown_host_name(environment, flags, message, monkeypatch, capsys):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    clock = itertools.count(0, 10)      # seconds
-    monkeypatch.setattr(launch.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(launch.time, "sleep", lambda _: None)
+    seconds = itertools.count(0, 10)
+    clock = types.SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None)
+    monkeypatch.setattr(launch, "time", clock)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     refused(train, flags, message, monkeypatch, capsys)

@@ -224,7 +224,9 @@ def test_linear_evaluation(pretrained, imagenet, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     evaluated = call(lincls, *command, "--epochs", 3, "-e", "--resume", last)[-1]
     assert evaluated.split("Acc@1")[1] in scores[-1]
-    # the checkpoint alone suffices, and another encoder is refused
+    # at another size this is said; the checkpoint alone suffices; and another encoder is refused
+    assert any("note: it was trained at 32 pixels" in line for line in
+               call(lincls, *command, "--image-size", 40, "-e", "--resume", last))
     assert call(lincls, "--data", imagenet, *TINY[:4], "-e", "--resume", last)[-1] == evaluated
     other = newest(pretrained[1], "checkpoint_0000.pth.tar")
     with pytest.raises(SystemExit):
@@ -236,12 +238,12 @@ def test_evaluation_knows_how_the_encoder_was_made(pretrained, imagenet, tmp_pat
     """The results must record the pretraining's settings and seconds, and another image size must be reported."""
     source = newest(pretrained[1], "checkpoint_0001.pth.tar")
     command = ["--pretrained", source, "--data", imagenet, *TINY, "--knn", "--save_dir", tmp_path]
-    assert not any("pretrained at" in line for line in call(lincls, *command))
+    assert not any("trained at" in line for line in call(lincls, *command))
     made, (results,) = (json.loads((source.parent / "results.json").read_text()), tmp_path.rglob("results.json"))
     results = json.loads(results.read_text())
     assert results["encoder"] == made["settings"]
     assert 0 < results["pretraining_seconds"] <= made["seconds"] + 0.1
-    assert "=> note: the encoder was pretrained at 32 pixels; to match, pass --image-size 32" in \
+    assert "=> note: it was trained at 32 pixels; to match, pass --image-size 32" in \
         call(lincls, *command, "--image-size", 40)
 
 
