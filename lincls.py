@@ -151,8 +151,8 @@ class Evaluation:
             self.train_data = dataclasses.replace(self.train_data, images=few)
             if rank() == 0 and not args.evaluate:
                 few.write_list(run.folder / "train_subset.txt")
-        used = 100 * len(self.train_data.images) / len(images)      # more if that is less than an image per class
-        self.protocol = protocol(args, used)
+        # More than --train-percent if that is less than an image per class.
+        self.protocol = protocol(args, 100 * len(self.train_data.images) / len(images))
         stem = choose_stem(args.stem, image_size)
         if pretrained:
             stem = "cifar" if pretrained["conv1.weight"].shape[-1] == 3 else "imagenet"

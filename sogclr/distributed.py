@@ -48,6 +48,12 @@ def log(line, live=False):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def escape_output():
+    """Let this process print any file name: escape what the terminal's encoding lacks instead of raising."""
+    if hasattr(sys.stdout, "reconfigure"):      # not in notebooks
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def join(url, rank, world_size, backend, device):
     """Initialize the process group. Raises InputError if the ranks do not connect."""
     timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)

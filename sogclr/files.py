@@ -55,7 +55,7 @@ class ImageFiles:
                     last_line = time.monotonic()
                     log(f"=> listing {root}: {len(targets)} images, folder {label + 1} of {len(self.classes)}")
             if len(targets) == before:
-                raise InputError(f"--data {root}: contains no images" + (f" of class '{folder}'" if labels else "")
+                raise InputError(f"--data {root}: contains no images" + (f" of class {folder!r}" if labels else "")
                                  + f" (files named {', '.join(IMG_EXTENSIONS)})"
                                  + "".join(f"; {line}" for line in left_out.lines(0)))
         for line in left_out.lines(len(targets)):
@@ -91,7 +91,7 @@ class ImageFiles:
         except Exception as error:      # a damaged file can make a decoder raise anything
             reason = getattr(error, "strerror", None) or str(error) or repr(error)
             if isinstance(error, UnidentifiedImageError):
-                reason = "of no format that Pillow knows" if os.path.getsize(path) else "empty"
+                reason = "empty, or of a format that Pillow does not know"
             raise InputError(f"{name}: not a readable image ({reason.splitlines()[0]})") from error
         for warning in caught:
             warnings.warn(f"{name}: {one_line(warning.message)}", stacklevel=2)

@@ -12,7 +12,7 @@ import torchvision
 
 from sogclr import InputError
 from sogclr.datasets import default_image_size
-from sogclr.distributed import log
+from sogclr.distributed import escape_output, log
 
 ARCHITECTURES = torchvision.models.list_models(
     module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
@@ -67,12 +67,6 @@ class Parser(argparse.ArgumentParser):
                                  for given in (before, value))
                 hint = f"leave {flag} out" if before == action.default else f"pass {flag} {before}"
                 raise InputError(f"{source}: was made with {flag} {before}, not {value}; {hint}, or start a new run")
-
-
-def escape_output():
-    """Let this process print any file name: escape what the terminal's encoding lacks instead of raising."""
-    if hasattr(sys.stdout, "reconfigure"):      # not in notebooks
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def output_file(text):

@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sogclr import InputError, Stopped, distributed, one_line
-from sogclr.distributed import local_rank, log, ranks_here, world_size
-from sogclr.flags import escape_output, refuse
+from sogclr.distributed import escape_output, local_rank, log, ranks_here, world_size
+from sogclr.flags import refuse
 
 STOPPED = 75            # exit code after `Stopped` (EX_TEMPFAIL: try again)
 GRACE_SECONDS = 10      # for the other ranks on this machine to end on their own after one has failed
@@ -92,12 +92,12 @@ def _require_port(url, free):
         port = None
     if not port:
         raise InputError(f"--dist-url {url}: must be tcp://HOST:PORT with a number below 65536")
-    try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # a port closed just now is free
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # a port closed just now is free
+        try:
             probe.bind(("", port if free else 0))
-    except OSError as error:
-        raise InputError(f"--dist-url {url}: port {port} cannot be used ({error.strerror}), use another") from error
+        except OSError as error:
+            raise InputError(f"--dist-url {url}: port {port} cannot be used ({error.strerror}), use another") from error
 
 
 def _require_address(url, world_size):

@@ -68,8 +68,8 @@ class Events:
         try:
             yield
         except (OSError, UnicodeError, ImportError) as error:   # perhaps of an earlier call: a thread writes the events
-            utf8 = not isinstance(error, UnicodeError)
-            why = getattr(error, "strerror", None) or error if utf8 else "its name is not UTF-8"
+            why = getattr(error, "strerror", None) or error
+            why = "its name is not UTF-8" if isinstance(error, UnicodeError) else why
             print(f"=> TensorBoard logging disabled: {self.folder}: {why}", file=sys.stderr, flush=True)
             self.writer = None
 

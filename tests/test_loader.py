@@ -331,30 +331,30 @@ def test_warnings_name_the_file_once(imagenet, workers, tmp_path, monkeypatch, c
     """What Pillow warns about must be said once, with the file's name, not by every worker in every epoch; and no more
     than some such lines.
     """
-    monkeypatch.setattr(Loader, "MOST_WARNINGS", 3)
     for i in range(12):
         image = Image.open(imagenet / "val" / "n01440764" / "n01440764_0.JPEG")
         exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0" * (i % 6 < 2)      # cut off in its first entry
         image.save(tmp_path / f"{i:02d}.jpg", exif=exif)
-    batches = make_loader(open_data_set("folder", tmp_path, "train", 24, labels=False), 0, 6, workers)
-    for epoch in range(3):
-        assert len(list(batches.epoch(epoch))) == 2
-    lines = capfd.readouterr().err.splitlines()
-    names = {f"{i:02d}.jpg" for i in (0, 1, 6, 7)}
-    assert len(lines) == len({line.split(": ")[1] for line in lines}) == 3
-    for line in lines:
-        assert line.removeprefix(f"=> warning: {tmp_path}/").split(": ")[0] in names
-        assert ": Corrupt EXIF data." in line
+    data = open_data_set("folder", tmp_path, "train", 24, labels=False)
+    for most in (20, 3):
+        monkeypatch.setattr(Loader, "MOST_WARNINGS", most)
+        batches = make_loader(data, 0, 6, workers)
+        for epoch in range(3):
+            assert len(list(batches.epoch(epoch))) == 2
+        lines = capfd.readouterr().err.splitlines()
+        names = [line.removeprefix(f"=> warning: {tmp_path}/").split(": Corrupt EXIF data.")[0] for line in lines]
+        assert len(names) == min(most, 4)
+        assert set(names) <= {f"{i:02d}.jpg" for i in (0, 1, 6, 7)}
+        assert len(set(names)) == len(names)
     assert lines[-1].endswith(" (further warnings are not printed)")
 
 
-@pytest.mark.parametrize("size", [(20, 331), (331, 20), (21, 500), (12, 30_000), (30_000, 11)])
+@pytest.mark.parametrize("size", [(8, 301), (301, 8), (12, 30_000), (30_000, 11)])
 def test_long_images_are_cropped_before_they_are_resized(size, monkeypatch):
     """The center of an image more than 16 times as long as wide must be that of the whole image resized, without ever
     resizing all of it.
     """
-    smooth = np.random.default_rng(0).integers(0, 256, (*(max(side // 20, 1) for side in size), 3), dtype=np.uint8)
-    image = Image.fromarray(smooth).resize(size[::-1])
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     resized = []
     original = loader.resize
     monkeypatch.setattr(loader, "resize", lambda *args: resized.append(original(*args)) or resized[-1])
@@ -362,4 +362,4 @@ def test_long_images_are_cropped_before_they_are_resized(size, monkeypatch):
     assert max(resized[0].size) <= 64 * 17
     if max(size) < 1000:
         theirs = T.functional.pil_to_tensor(T.functional.center_crop(T.functional.resize(image, 64), [56, 56]))
-        assert (ours.int() - theirs.int()).abs().max() <= 8
+        assert (ours.int() - theirs.int()).abs().max() <= 1
