@@ -183,27 +183,16 @@ def test_slurm_requeues_a_stopped_job(imagenet, tmp_path):
     assert load(tmp_path / "saved")["epoch"] >= 1
 
 
-def test_a_run_is_saved_although_nobody_reads_its_errors(imagenet, tmp_path):
-    """With `2>&1 | tee`, Ctrl-C ends tee first."""
+def test_a_run_is_saved_although_nobody_reads_its_output(imagenet, tmp_path):
+    """With `2>&1 | tee`, Ctrl-C ends tee first; with `| head`, the reader ends early."""
     with Process(PYTHON, ROOT / "train.py", "--data", imagenet, *TINY, "--epochs", 1000, "--save_dir",
                  tmp_path) as process:
         process.wait_for("Epoch: [1][0")
+        process.stdout.close()
         process.stderr.close()
         process.send_signal(signal.SIGINT)
-        assert "=> stopped after epoch" in process.stdout.read()
         assert process.wait() == 75
     assert load(tmp_path)["epoch"] >= 1
-
-
-def test_a_run_goes_on_although_nobody_reads_its_output(imagenet, tmp_path):
-    """As with `| head`, or a `tee` that has been killed."""
-    command = ["--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path]
-    with Process(PYTHON, ROOT / "train.py", *command) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.wait() == 0
-        assert process.stderr.read() == ""
-    assert load(tmp_path)["epoch"] == 2
 
 
 def test_a_second_ctrl_c_ends_a_process_that_hangs(imagenet, tmp_path):
