@@ -128,7 +128,7 @@ class _LeftOut:
                             (self.broken, "links that lead nowhere"),
                             (self.beside, "images beside the class folders")):
             if names:
-                yield f"left out {names.total()} {what}, such as '{printable(min(names))}'"
+                yield f"left out {what} ({names.total()}, such as '{printable(min(names))}')"
         if 10 * self.endings.total() > images:
             counts = ", ".join(f"{count} {printable(ending) or 'without ending'}"
                                for ending, count in self.endings.most_common(5)) + ", ..." * (len(self.endings) > 5)

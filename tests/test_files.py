@@ -70,7 +70,7 @@ def test_links_to_folders_above_are_not_followed(tree, labels, capsys):
     (tree / "cat" / "elsewhere").symlink_to(tree.parent / "elsewhere")
     capsys.readouterr()
     assert listed(tree, labels) == expected
-    assert "left out 6 links to folders above it or listed already, such as" in capsys.readouterr().out
+    assert "left out links to folders above it or listed already (6, such as " in capsys.readouterr().out
 
 
 def test_folder_behind_several_links_is_listed_once(tree):
@@ -90,7 +90,7 @@ def test_links_that_lead_nowhere_are_said(tree, capsys):
     (tree / "ring").symlink_to("ring")
     (tree / "ant" / "99.jpg").symlink_to("nowhere.jpg")
     assert len(ImageFiles(tree, labels=True)) == 49
-    assert "left out 2 links that lead nowhere, such as 'dog'" in capsys.readouterr().out
+    assert "left out links that lead nowhere (2, such as 'dog')" in capsys.readouterr().out
 
 
 def test_names_in_messages_are_one_line(tmp_path):
@@ -116,8 +116,8 @@ def test_hidden_and_system_files_are_left_out(tree, labels, capsys):
     (tree / ".DS_Store").write_bytes(b"")
     capsys.readouterr()
     assert listed(tree, labels) == expected
-    assert capsys.readouterr().out == (f"=> note: {tree}: left out 8 hidden or system files and folders, such as "
-                                       "'._0.jpg'\n")
+    assert capsys.readouterr().out == (f"=> note: {tree}: left out hidden or system files and folders (8, such "
+                                       "as '._0.jpg')\n")
     assert len(ImageFiles(tree / ".trash", labels)) == 1         # unless it is what was asked for
 
 
@@ -137,7 +137,7 @@ def test_files_of_other_kinds_are_counted(tree, capsys):
     write_image(tree / "0.jpg", 0)
     write_image(tree / "dog" / "0.jpg", 0)
     ImageFiles(tree, labels=True)
-    assert "left out 1 images beside the class folders, such as '0.jpg'" in capsys.readouterr().out
+    assert "left out images beside the class folders (1, such as '0.jpg')" in capsys.readouterr().out
 
 
 def test_unreadable_folder_is_not_skipped(tree, monkeypatch):
