@@ -230,8 +230,10 @@ class TrainingState:
         if isinstance(self.criterion, GlobalContrastiveLoss):
             checkpoint.require(saved, source, ("u",))
             rows, images = saved["u"].numel(), len(self.criterion.log_u)
-            if rows not in (images, images + 1):        # the authors keep an extra last row, which no image uses
-                raise InputError(f"{source}: was trained on {rows} images, but this data set has {images}")
+            # The authors keep an extra last row, which no image uses.
+            if rows != images and ("log_u" in saved or rows != images + 1):
+                raise InputError(f"{source}: was trained on {rows} images, but this data set has {images}, use the "
+                                 "same folder, or start a new run")
             self.criterion.u = saved["u"].flatten()[:images]        # for the authors' files, without the rest
             self.criterion.load_state_dict({name: saved.get(name, tensor)
                                             for name, tensor in self.criterion.state_dict().items()})

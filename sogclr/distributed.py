@@ -49,7 +49,11 @@ def log(line, live=False):
 
 
 def escape_output():
-    """Let this process print any file name: escape what the terminal's encoding lacks instead of raising."""
+    """Let this process print any file name: escape what the terminal's encoding lacks instead of raising. Without a
+    standard output, as some daemons start programs, print to nowhere.
+    """
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if hasattr(sys.stdout, "reconfigure"):      # not in notebooks
         sys.stdout.reconfigure(errors="backslashreplace")
 

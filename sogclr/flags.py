@@ -37,9 +37,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):      # parse_args calls it, too
         escape_output()
         words = sys.argv[1:] if args is None else list(args)
-        for flag, word in zip(words, [*words[1:], None], strict=False):
-            if word == "" or re.fullmatch("--[^=]*=", flag):
-                self.error(f"argument {flag}: its value is empty, as if a variable were not set; leave the flag out")
+        for before, word in zip(["", *words], words, strict=False):
+            if word == "" or re.fullmatch("--[^=]*=", word):
+                flag = word or (before if before.startswith("-") else "without a flag")
+                self.error(f"argument {flag}: is empty, as if a variable were not set")
         return super().parse_known_args(words, namespace)
 
     def error(self, message):

@@ -2,7 +2,9 @@
 
 import itertools
 import shlex
+import shutil
 import socket
+import sys
 import types
 
 import pytest
@@ -12,6 +14,7 @@ from helpers import PRETRAIN, TINY, newest, refused
 import lincls
 import train
 from sogclr import datasets, launch
+from sogclr.distributed import log
 from sogclr.flags import resolve_precision
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -76,7 +79,9 @@ BAD = [
     (train, ["--resume", "OTHER", "--epochs", "2", "--data_name", "folder"],
      "made with --data_name imagenet1000, not folder"),
     (train, ["--resume", "OTHER", "--epochs", "2", "--data", "ONE_CLASS"],
-     "was trained on 24 images, but this data set has 8"),
+     "was trained on 24 images, but this data set has 8, use the same folder, or start a new run"),
+    (train, ["--resume", "OTHER", "--epochs", "2", "--data", "ONE_FEWER"],
+     "was trained on 24 images, but this data set has 23, use the same folder, or start a new run"),
     (train, ["--resume", "OTHER", "--arch", "resnet34"], "was made with --arch resnet18, not resnet34"),
     (lincls, ["--pretrained", "OTHER", "--arch", "resnet50"], "was made with --arch resnet18, not resnet50"),
     (train, ["--gpu", "7"], "--gpu 7: this machine has"),
@@ -87,8 +92,9 @@ BAD = [
     (lincls, ["--resume", "OTHER"], "is not a checkpoint from this script"),
     (train, ["--resume", "LINEAR"], "LINEAR: is from lincls.py, pass a checkpoint from train.py"),
     (train, ["--resume", "NO_SETTINGS"], "NO_SETTINGS: was made with another model, optimizer or protocol: "),
-    (lincls, ["--pretrained", ""], "argument --pretrained: its value is empty"),
-    (train, ["--data", "DIR", "--save_dir="], "argument --save_dir=: its value is empty"),
+    (lincls, ["--pretrained", ""], "argument --pretrained: is empty, as if a variable"),
+    (train, ["--data", "DIR", "--save_dir="], "argument --save_dir=: is empty"),
+    (train, [""], "argument without a flag: is empty"),
     (train, ["--multiprocessing-distributed", "--dist-url", "USED"], "cannot be used (Address already in use)"),
     (train, ["--world-size", "2", "--rank", "0", "--dist-url", "USED"], "cannot be used (Address already in use)"),
     (train, ["--multiprocessing-distributed", "--dist-url", "localhost"], "--dist-url localhost: must be"),
@@ -122,6 +128,9 @@ def test_bad_input_is_one_line(module, flags, message, pretrained, imagenet, use
     (tmp_path / "TEXT").write_text("text")
     (tmp_path / "ONE_CLASS" / "train").mkdir(parents=True)
     (tmp_path / "ONE_CLASS" / "train" / "n01440764").symlink_to(imagenet / "train" / "n01440764")
+    for split in ("train", "val"):
+        shutil.copytree(imagenet / split, tmp_path / "ONE_FEWER" / split)
+    next((tmp_path / "ONE_FEWER" / "train").glob("*/*")).unlink()
     other = torch.load(newest(pretrained[1], "checkpoint_0000.pth.tar"), weights_only=True)
     torch.save(other | {"best_acc1": 1.0}, tmp_path / "LINEAR")
     torch.save(other | {"settings": None, "optimizer": []}, tmp_path / "NO_SETTINGS")
@@ -177,6 +186,14 @@ def test_more_gpus_than_there_are(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     message = "--gpu 7: this machine has 4 visible GPUs, numbered 0 to 3"
     refused(train, ["--gpu", "7"], message, monkeypatch, capsys)
+
+
+def test_closed_standard_output(monkeypatch):
+    """As some daemons start programs: nothing is printed, and nothing fails."""
+    monkeypatch.setattr("sys.stdout", None)
+    train.PARSER.parse_args([])
+    log("line")
+    sys.stdout.close()
 
 
 def test_ranks_with_different_images(imagenet, monkeypatch, capsys):

@@ -4,10 +4,10 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import PYTHON, ROOT, run
+from helpers import ROOT
 from PIL import Image
 
-from scripts.tools import make_subset
+from scripts.tools import make_imagenet100, make_subset
 from sogclr import shapes
 from sogclr.shapes import Shapes
 
@@ -71,16 +71,29 @@ def test_nothing_is_replaced(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_imagenet100_is_linked(tmp_path):
-    """The subset must contain the authors' 100 classes in both splits; an incomplete tree must be refused."""
-    tool = ROOT / "scripts" / "tools" / "make_imagenet100.py"
+def test_imagenet100_is_linked(tmp_path, monkeypatch, capsys):
+    """The subset must contain the authors' 100 classes in both splits; an incomplete tree must be refused, and so must
+    the subset as its own source, whose links would be lost.
+    """
     classes = (ROOT / "scripts" / "tools" / "imagenet100_classes.txt").read_text().split()
     assert len(set(classes)) == 100
+    full, subset = tmp_path / "full", tmp_path / "subset"
+
+    def link(source):
+        monkeypatch.setattr("sys.argv", ["make_imagenet100.py", str(source), str(subset)])
+        make_imagenet100.main()
+
     for split in ("train", "val"):
         for wnid in [*classes, "n99999999"]:
-            (tmp_path / "full" / split / wnid).mkdir(parents=True)
+            (full / split / wnid).mkdir(parents=True)
     for _ in range(2):      # also over an earlier one
-        run(PYTHON, tool, tmp_path / "full", tmp_path / "subset")
-    assert sorted(path.name for path in (tmp_path / "subset" / "val").iterdir()) == sorted(classes)
-    (tmp_path / "full" / "val" / classes[0]).rmdir()
-    assert f"val/{classes[0]}" in run(PYTHON, tool, tmp_path / "full", tmp_path / "subset", code=2)[1]
+        link(full)
+    with pytest.raises(SystemExit, match="2"):
+        link(subset)
+    assert "is the folder to link to" in capsys.readouterr().err
+    (full / "val" / classes[0]).rmdir()
+    with pytest.raises(SystemExit, match="2"):
+        link(full)
+    assert f"the first is val/{classes[0]}" in capsys.readouterr().err
+    assert sorted(path.name for path in (subset / "train").iterdir()) == sorted(classes)
+    assert all(path.resolve() == full / "train" / path.name for path in (subset / "train").iterdir())

@@ -8,6 +8,7 @@ torchvision's ResNet without the classifier, to be loaded with `torch.load(OUT, 
 detectron2's MODEL.WEIGHTS, a pickle of arrays under its names, as written by MoCo's conversion.
 """
 
+import contextlib
 import os
 import pickle
 import re
@@ -56,14 +57,14 @@ def write(path, save):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:        # torch.save turns an OSError into a RuntimeError
-        if part.is_file():
+        with contextlib.suppress(OSError):
             part.unlink()
         raise InputError(f"OUT {path}: cannot be written: "
                          f"{getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from error
 
 
 def export(args):
-    if args.out.exists():
+    if os.path.exists(args.out):
         raise InputError(f"OUT {args.out}: already exists, choose a new name or remove it")
     source = f"CHECKPOINT {args.checkpoint}"
     state = encoder_state(checkpoint.load(args.checkpoint, "CHECKPOINT"), source)
