@@ -87,8 +87,8 @@ BAD = [
     (train, ["--gpu", "7"], "--gpu 7: this machine has"),
     (train, ["--gpu", "0", "--multiprocessing-distributed"], "--gpu 0: this machine has 0 visible GPUs"),
     (train, ["--dist-backend", "nccl"], "--dist-backend nccl: needs GPUs"),
-    (train, ["--resume", "EMPTY"], "--resume EMPTY: is a folder, pass a file in it"),
-    (train, ["--resume", "TEXT"], "--resume TEXT: not a checkpoint"),
+    (train, ["--resume", "EMPTY"], "EMPTY: is a folder, pass a file in it"),
+    (train, ["--resume", "TEXT"], "TEXT: not a checkpoint"),
     (lincls, ["--resume", "OTHER"], "is not a checkpoint from this script"),
     (train, ["--resume", "LINEAR"], "LINEAR: is from lincls.py, pass a checkpoint from train.py"),
     (train, ["--resume", "NO_SETTINGS"], "NO_SETTINGS: was made with another model, optimizer or protocol: "),
@@ -107,35 +107,35 @@ BAD = [
     (train, ["--knn-freq", "1", "--data_name", "folder", "--data", "SUBSET"],
      "--knn-freq 1: needs labeled images, leave the flag out if there are none; --data"),
     (train, ["--unknown"], "unrecognized arguments: --unknown"),
-    (train, ["EMPTY"], "EMPTY (pass the data set's folder as --data "),
+    (train, ["EMPTY"], "EMPTY (pass the data set's folder as --data /"),
     (train, ["--save_dir", "TEXT/below"], "--save_dir"),
 ]
 
 
 @pytest.fixture(scope="module")
-def used():
-    """A URL whose port is taken."""
+def names(pretrained, imagenet, tmp_path_factory):
+    """What the names in BAD stand for: files and folders, and a URL whose port is taken."""
+    folder, other = tmp_path_factory.mktemp("bad"), newest(pretrained[1], "checkpoint_0000.pth.tar")
+    (folder / "EMPTY").mkdir()
+    (folder / "TEXT").write_text("text")
+    (folder / "ONE_CLASS" / "train").mkdir(parents=True)
+    (folder / "ONE_CLASS" / "train" / "n01440764").symlink_to(imagenet / "train" / "n01440764")
+    shutil.copytree(imagenet, folder / "ONE_FEWER")
+    next((folder / "ONE_FEWER" / "train").glob("*/*")).unlink()
+    saved = torch.load(other, weights_only=True)
+    torch.save(saved | {"best_acc1": 1.0}, folder / "LINEAR")
+    torch.save(saved | {"settings": None, "optimizer": []}, folder / "NO_SETTINGS")
     with socket.socket() as server:
         server.bind(("", 0))
         server.listen()
-        yield f"tcp://localhost:{server.getsockname()[1]}"
+        yield {path.name: path for path in folder.iterdir()} | {
+            "OTHER": other, "SUBSET": imagenet / "train" / "n01440764", "TEXT/below": folder / "TEXT" / "below",
+            "USED": f"tcp://localhost:{server.getsockname()[1]}"}
 
 
 @pytest.mark.parametrize(("module", "flags", "message"), BAD, ids=[" ".join(case[1]) for case in BAD])
-def test_bad_input_is_one_line(module, flags, message, pretrained, imagenet, used, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line(module, flags, message, names, imagenet, tmp_path, monkeypatch, capsys):
     """Exit code 2 and one line that names the flag or file; no traceback."""
-    (tmp_path / "EMPTY").mkdir()
-    (tmp_path / "TEXT").write_text("text")
-    (tmp_path / "ONE_CLASS" / "train").mkdir(parents=True)
-    (tmp_path / "ONE_CLASS" / "train" / "n01440764").symlink_to(imagenet / "train" / "n01440764")
-    for split in ("train", "val"):
-        shutil.copytree(imagenet / split, tmp_path / "ONE_FEWER" / split)
-    next((tmp_path / "ONE_FEWER" / "train").glob("*/*")).unlink()
-    other = torch.load(newest(pretrained[1], "checkpoint_0000.pth.tar"), weights_only=True)
-    torch.save(other | {"best_acc1": 1.0}, tmp_path / "LINEAR")
-    torch.save(other | {"settings": None, "optimizer": []}, tmp_path / "NO_SETTINGS")
-    names = {"OTHER": newest(pretrained[1], "checkpoint_0000.pth.tar"), "SUBSET": imagenet / "train" / "n01440764",
-             "USED": used}
     flags = [str(names.get(flag, flag)) for flag in flags]
     monkeypatch.chdir(tmp_path)
     refused(module, ["--data", imagenet, *TINY, "--epochs", "1", *flags], message, monkeypatch, capsys)
