@@ -107,7 +107,7 @@ def part_of(args):
         return ["--data_name", args.data_name, "--data", args.data], None
     source = args.data_name
     if source == "folder":      # one --out may serve several folders
-        source = f"{Path(args.data).name}_{zlib.crc32(args.data.encode()):08x}"
+        source = f"{Path(args.data).name}_{zlib.crc32(os.fsencode(args.data)):08x}"
     folder = args.out / file_name("_".join(["images", source, *map(str, args.images), *["held_out"] * args.held_out]))
     return ["--data_name", "folder", "--data", folder], [
         "scripts/tools/make_subset.py", folder, "--data_name", args.data_name, "--data", args.data,
