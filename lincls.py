@@ -179,7 +179,7 @@ class Evaluation:
         log(f"=> {args.data_name}: {len(self.train_data.images)} training and {len(self.val_data.images)} validation "
             f"images of {image_size} pixels, {len(self.classes)} classes, seed {run.seed}"
             + f", run folder {run.folder}" * (not args.evaluate))
-        made_with = run.saved.get("settings") or self.pretraining["encoder"] or {}
+        made_with = run.made_with or self.pretraining["encoder"] or {}
         trained_at = made_with.get("image_size", image_size)
         if trained_at != image_size:
             log(f"=> note: it was trained at {trained_at} pixels; to match, pass --image-size {trained_at}")
@@ -217,7 +217,7 @@ def read_encoder(args, run):
             pretraining = {"encoder": settings, "pretraining_seconds": loaded.get("seconds")}
     if not run.saved:
         return pretrained, pretraining
-    resumed, settings = encoder_state(run.saved, run.source, args.arch), run.saved.get("settings") or {}
+    resumed, settings = encoder_state(run.saved, run.source, args.arch), run.made_with
     if pretrained is None and settings.get("pretrained") and not args.evaluate:
         raise InputError(f"{run.source}: was made with --pretrained {settings['pretrained']}, pass that too")
     if pretrained is not None and not settings.get("finetune") and not (
@@ -245,8 +245,9 @@ def evaluate_saved(evaluation):
     batches = FreshFeatures(evaluation.encode, evaluation.loader(evaluation.val_data))
     classifiers.record(validate(classifiers, batches, classifiers, evaluation.device))
     file = Path(run.resume)
-    evaluation.write_results(file.with_name(file_name(f"results_{file.name.split('.')[0]}", 245) + ".json"),
-                             evaluated=str(file), classifiers=classifiers.scores, chosen=classifiers.chosen)
+    results = file_name(f"results_{file.name.split('.')[0]}", 255 - len(".json.part"))
+    evaluation.write_results(file.with_name(f"{results}.json"), evaluated=str(file), classifiers=classifiers.scores,
+                             chosen=classifiers.chosen)
     if len(classifiers) > 1:
         log(classifiers.table())
     log(" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}".format(**classifiers.best))

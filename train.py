@@ -231,7 +231,7 @@ class TrainingState:
             checkpoint.require(saved, source, ("u",))
             rows, images = saved["u"].numel(), len(self.criterion.log_u)
             # The authors keep an extra last row, which no image uses.
-            if rows != images and ("log_u" in saved or rows != images + 1):
+            if rows not in ((images,) if "log_u" in saved else (images, images + 1)):
                 raise InputError(f"{source}: was trained on {rows} images, but this data set has {images}, use the "
                                  "same folder, or start a new run")
             self.criterion.u = saved["u"].flatten()[:images]        # for the authors' files, without the rest

@@ -1,5 +1,6 @@
 """The image files in a folder, listed so that 14 million of them take little memory, and none of it twice."""
 
+import functools
 import hashlib
 import heapq
 import os
@@ -38,7 +39,9 @@ class ImageFiles:
 
     def __init__(self, root, labels):
         self.root, left_out = os.fsencode(root), _LeftOut()
-        above = _with_parents(os.path.realpath(self.root))
+        above = _with_parents(real := os.path.realpath(self.root))
+        if not labels:
+            above.remove(real)      # where the listing starts
         self.classes = sorted(_classes(self.root, above, left_out)) if labels else ["."]
         if not self.classes:
             raise InputError(f"--data {root}: has no class folders, it must contain <class>/<image files>")
@@ -47,7 +50,7 @@ class ImageFiles:
         for label, folder in enumerate(self.classes):
             before = len(targets)
             start = os.path.join(self.root, os.fsencode(folder)) if labels else self.root
-            for path in _image_paths(start, above - {os.path.realpath(start)}, left_out):
+            for path in _image_paths(start, above, left_out):
                 names += path[len(self.root) + 1:]
                 ends.append(len(names))
                 targets.append(label)
@@ -67,7 +70,7 @@ class ImageFiles:
     def __len__(self):
         return len(self.targets)
 
-    @property
+    @functools.cached_property
     def digest(self):
         """16 hexadecimal digits that change with any image's name, class or position, but not with file contents."""
         digest = hashlib.sha256()

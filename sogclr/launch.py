@@ -92,12 +92,14 @@ def _require_port(url, free):
         port = None
     if not port:
         raise InputError(f"--dist-url {url}: must be tcp://HOST:PORT with a number below 65536")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # a port closed just now is free
-        try:
-            probe.bind(("", port if free else 0))
-        except OSError as error:
-            raise InputError(f"--dist-url {url}: port {port} cannot be used ({error.strerror}), use another") from error
+    if not free:
+        return
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # a port closed just now is free
+            probe.bind(("", port))
+    except OSError as error:
+        raise InputError(f"--dist-url {url}: port {port} cannot be used ({error.strerror}), use another") from error
 
 
 def _require_address(url, world_size):

@@ -25,8 +25,9 @@ class Run:
     args: the script's; folder: the run's, named after its settings; keys: what its checkpoints must have; resume: a
     file to resume from, "auto" for the folder's newest intact one, if any, or ""; write: whether it writes at all.
 
-    `saved`: the checkpoint, {} for a fresh run; `source`: its flag and file; `seed`: `--seed`, else the checkpoint's,
-    else a new one, with which torch is seeded; `start_epoch`, `start_step`: see `restore`.
+    `saved`: the checkpoint, {} for a fresh run; `source`: its flag and file; `made_with`: its settings, {} if it has
+    none; `seed`: `--seed`, else the checkpoint's, else a new one, with which torch is seeded; `start_epoch`,
+    `start_step`: see `restore`.
     Raises InputError if the folder cannot be written, another run writes there, it has a run that would be overwritten,
     a checkpoint cannot be read, or this machine sees other checkpoints than rank 0.
     """
@@ -55,7 +56,7 @@ class Run:
             self.saved = checkpoint.load(resume, "--resume", keys)
             if "best_acc1" in self.saved and "best_acc1" not in keys:
                 raise InputError(f"--resume {resume}: is from lincls.py, pass a checkpoint from train.py")
-        self.resume, self.source = path, f"--resume {path}"
+        self.resume, self.source, self.made_with = path, f"--resume {path}", self.saved.get("settings") or {}
         for name in ("epoch", "step"):
             here, there = self.saved.get(name, 0), broadcast_int(self.saved.get(name, 0))
             if here != there:
@@ -105,7 +106,7 @@ class Run:
         """
         self.state, self.settings = state, settings
         if self.saved:
-            made_with = {"arch": self.saved["arch"], **(self.saved.get("settings") or {})}
+            made_with = {"arch": self.saved["arch"], **self.made_with}
             parser.require_same(made_with, {name: settings[name] for name in names}, self.source)
             state.restore(self.saved, self.source)
             checkpoint.require_same_images(made_with, settings, self.source)
