@@ -28,7 +28,7 @@ from sogclr.augment import Normalize
 from sogclr.builder import choose_stem, encoder_state, load_encoder, memory_format, resnet
 from sogclr.classifiers import Classifiers
 from sogclr.datasets import open_train_and_val
-from sogclr.distributed import all_reduce_sum, broadcast, data_parallel, log, rank, world_size
+from sogclr.distributed import all_reduce_sum, log, rank, world_size
 from sogclr.features import CachedFeatures, Encoder, FreshFeatures
 from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, refuse, resolve_precision
 from sogclr.knn import evaluate_knn
@@ -36,6 +36,7 @@ from sogclr.launch import launch
 from sogclr.loader import LabeledBatches, Loader, check_batch_size
 from sogclr.meters import AverageMeter, Progress, correct_in_top
 from sogclr.optimizer import lr_at
+from sogclr.parallel import data_parallel
 from sogclr.run import Run, file_name
 from sogclr.subset import Subset, balanced_indices
 
@@ -379,12 +380,10 @@ def make_batches(evaluation):
 def validate(model, batches, classifiers, device):
     """(Acc@1, Acc@5) of each classifier in percent, counting each validation image once, on all ranks."""
     model.eval()
-    for buffer in model.buffers():      # on CPUs BatchNorm is local to each rank; rank 0's is saved
-        broadcast(buffer)
     counts = torch.zeros(len(classifiers), 3, dtype=torch.int64, device=device)     # top-1 correct, top-5 correct, seen
     for inputs, target in batches.epoch(0):
         if len(inputs):
-            target = target.to(device)
+            target = target.to(device, non_blocking=True)
             counts[:, :2] += torch.stack([correct_in_top(output, target, (1, 5)) for output in model(inputs)])
             counts[:, 2] += len(inputs)
     return [(100 * top1 / seen, 100 * top5 / seen) for top1, top5, seen in all_reduce_sum(counts).tolist()]

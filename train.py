@@ -24,7 +24,7 @@ from sogclr import InputError, checkpoint, report
 from sogclr.augment import Augment, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, memory_format, resnet
 from sogclr.datasets import open_data_set, open_train_and_val
-from sogclr.distributed import broadcast_int, data_parallel, log, world_size
+from sogclr.distributed import broadcast_int, log, world_size
 from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, resolve_precision
 from sogclr.knn import KNNMonitor
 from sogclr.launch import launch
@@ -32,6 +32,7 @@ from sogclr.loader import Loader, TwoViewBatches, check_batch_size
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, alignment_and_uniformity, gamma_at
 from sogclr.meters import AverageMeter, NanGuard, Progress
 from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
+from sogclr.parallel import data_parallel
 from sogclr.run import Run, file_name
 
 DRY_STEPS, DRY_SECONDS = 12, 60     # limits of --dry-run, but at least two steps

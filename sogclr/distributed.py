@@ -1,14 +1,12 @@
 """Communication between ranks. Everything also works in a single process; `sogclr.launch` starts several."""
 
 import datetime
-import inspect
 import os
 import shutil
 import sys
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from sogclr import InputError
 
@@ -69,25 +67,6 @@ def join(url, rank, world_size, backend, device):
                          f"start all of them within {TIMEOUT_SECONDS // 60} minutes with the same address") from error
     global _cpu_group
     _cpu_group = dist.new_group(backend="gloo", timeout=timeout)
-
-
-def data_parallel(model, device):
-    """Wrap a model in DistributedDataParallel, or return it unchanged in a single process. Every step must use every
-    parameter as often as the first step did (`static_graph`). On GPUs BatchNorm is converted in place to that of the
-    global batch.
-
-    Buffers are not synchronized at each forward: SyncBatchNorm keeps its statistics equal on GPUs, and on CPUs, where
-    BatchNorm is local to each rank, rank 0's are saved.
-    """
-    if world_size() == 1:
-        return model
-    if device.type == "cuda":
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # torch 2.15 deprecates broadcast_buffers, earlier releases lack forward_sync_buffers
-    known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True, static_graph=True, **{buffers: False})
 
 
 class _Gather(torch.autograd.Function):
@@ -159,12 +138,6 @@ def all_reduce_sum(tensor):
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-def broadcast(tensor):
-    """Replace the tensor with rank 0's, in place."""
-    if world_size() > 1:
-        dist.broadcast(tensor, src=0)
 
 
 def broadcast_int(value):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from sogclr.augment import Normalize
-from sogclr.distributed import all_reduce_sum, broadcast, gather, log
+from sogclr.distributed import all_reduce_sum, gather, log
 from sogclr.features import Encoder, extract
 from sogclr.loader import LabeledBatches, Loader
 
@@ -26,8 +26,7 @@ class KNNMonitor:
     """For --knn-freq: kNN accuracy of an encoder in training, {"kNN-20": percent, ...}, the same on every rank.
 
     train, val: `ImageSet`s with labels, whose center crops are bank and queries; args: the script's.
-    Evaluates a copy of the encoder, with the BatchNorm statistics that rank 0 would save, and leaves torch's generator
-    unchanged, so that the run stays the same.
+    Evaluates a copy of the encoder and leaves torch's generator unchanged, so that the run stays the same.
     """
 
     def __init__(self, train, val, args, device, dtype):
@@ -40,8 +39,6 @@ class KNNMonitor:
     def __call__(self, encoder):
         frozen = copy.deepcopy(encoder).eval()
         frozen.fc = torch.nn.Identity()
-        for buffer in frozen.buffers():
-            broadcast(buffer)
         with torch.random.fork_rng(devices=[]):     # a loader draws its workers' seeds from it
             encode = Encoder(frozen, self.normalize, self.dtype)
             accuracies = evaluate_knn(encode, self.bank, self.queries, self.num_classes)

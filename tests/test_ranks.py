@@ -34,14 +34,16 @@ def test_two_ranks_train_the_classifiers_of_one(features, pretrained, imagenet, 
             key: b[key] for key in ("acc1", "acc5", "best_epoch")}
 
 
-def test_finetuning_on_two_ranks_saves_what_it_validated(imagenet, tmp_path):
-    """Although BatchNorm statistics are local to each rank here, the file must have the accuracy that was printed."""
-    command = ["--data", imagenet, *TINY, "--seed", 1, "--save_dir", tmp_path]
-    with two_ranks(lincls, *command, "--finetune", "--epochs", 2) as (first, second):
-        lines = first.end()[0].splitlines()
-        second.end()
-    evaluated = call(lincls, *command, "-e", "--resume", newest(tmp_path))
-    assert evaluated[-1].split("Acc@1")[1] in next(line for line in lines if line.startswith(" * Epoch 1"))
+@pytest.mark.parametrize(("module", "flags"), [(train, ["--lr", 0.01]), (lincls, ["--finetune", "--lr", 0.01])])
+def test_two_ranks_train_the_network_of_one(module, flags, imagenet, tmp_path):
+    """Pretraining and fine-tuning must give one process's weights and BatchNorm statistics."""
+    command = ["--data", imagenet, *TINY, "--seed", 1, "--epochs", 1, *flags]
+    call(module, *command, "--save_dir", tmp_path / "one")
+    with two_ranks(module, *command, "--save_dir", tmp_path / "two") as (first, second):
+        first.end()
+        assert second.end() == ("", "")
+    one, two = (load(tmp_path / name)["state_dict"] for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("flags", "message"), [
