@@ -35,7 +35,7 @@ from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
 from sogclr.parallel import data_parallel
 from sogclr.run import Run, file_name
 
-DRY_STEPS, DRY_SECONDS = 12, 60     # limits of --dry-run, but at least two steps
+DRY_STEPS, DRY_SECONDS = 12, 60     # what --dry-run measures, and its limit, but at least two steps
 METHODS = {"dcl": "sogclr", "cl": "simclr"}     # --loss_type: name of the method
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")     # and u with dcl
 # Settings that a resumed run must share with its checkpoint, since they change the results.
@@ -137,9 +137,10 @@ def main_worker(args, device):
         return
     describe(run, data, model, len(loader), peak_lr, device)
     record = {"command": sys.argv, "settings": settings, **report.environment_info(device)}
-    steps, print_freq, knn_acc1 = len(loader), args.print_freq, {}
-    if args.dry_run:
-        loader, print_freq = FirstBatches(loader), 1
+    steps, print_freq, skip, knn_acc1 = len(loader), args.print_freq, 1, {}
+    if args.dry_run:    # which neither counts the batches that workers have ready nor waits to print
+        skip, print_freq = loader.ahead + 1, steps
+        loader = FirstBatches(loader, skip + DRY_STEPS)
     else:
         report.write_json(run.folder / "settings.json", record)
 
@@ -151,12 +152,12 @@ def main_worker(args, device):
             if args.loss_type == "dcl" and args.gamma_schedule == "cosine":
                 criterion.gamma = gamma_at(epoch, args.gamma, settings["gamma_decay_epochs"])
             losses, gcl = AverageMeter("Loss", ".4f"), AverageMeter("GCL", ".4f")
-            progress = Progress(loader, epoch, run.first_step(epoch), args.epochs, args.batch_size)
-            for step, (view1, view2, index) in progress:        # from loader.epoch(epoch): uint8 crops, int64 [b]
+            progress = Progress(loader, epoch, run.first_step(epoch), args.epochs, args.batch_size, skip)
+            for step, (crops, uniforms, index) in progress:     # from loader.epoch(epoch): both views of b images
                 lr = lr_at(epoch + step / steps, peak_lr, args.epochs, args.warmup_epochs)
                 set_lr(optimizer, lr)
 
-                images1, images2 = augment(view1), augment(view2)               # [b, 3, H, W] each
+                images1, images2 = augment(crops, uniforms)                     # [b, 3, H, W] each
                 with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
                     z1, z2 = net(images1, images2)                              # [b, D] each
                 loss = criterion(z1, z2, index)
@@ -260,7 +261,8 @@ def describe(run, data, model, steps, peak_lr, device):
     if args.warmup_epochs >= args.epochs:
         log(f"=> --warmup-epochs {args.warmup_epochs}: not below --epochs, so the peak is not reached")
     if args.dry_run:
-        log(f"=> dry run: at most {DRY_STEPS} steps or {DRY_SECONDS} seconds, and nothing is written")
+        log(f"=> dry run: measures {DRY_STEPS} steps after those that workers prepare ahead, in about {DRY_SECONDS} "
+            "seconds at most, and writes nothing")
 
 
 def watched(criterion, losses, gcl, lr, progress):
@@ -306,10 +308,10 @@ def knn_monitor(args, data, device, dtype):
 
 
 class FirstBatches:
-    """For --dry-run: the first batches of a loader."""
+    """For --dry-run: the first batches of a loader, until it has used DRY_SECONDS."""
 
-    def __init__(self, loader):
-        self.loader = loader
+    def __init__(self, loader, most):
+        self.loader, self.most = loader, most
 
     def __len__(self):
         return len(self.loader)
@@ -318,7 +320,7 @@ class FirstBatches:
         start = time.perf_counter()
         for step, batch in enumerate(self.loader.epoch(epoch, first_step)):
             yield batch
-            if broadcast_int(step + 1 == DRY_STEPS or (step > 0 and time.perf_counter() - start > DRY_SECONDS)):
+            if broadcast_int(step + 1 == self.most or (step > 0 and time.perf_counter() - start > DRY_SECONDS)):
                 return
 
 

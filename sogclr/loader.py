@@ -5,6 +5,7 @@ the device (`sogclr.augment`). The randomness of image i in epoch e depends only
 workers or ranks.
 """
 
+import dataclasses
 import gc
 import math
 import os
@@ -13,7 +14,6 @@ import signal
 import sys
 import threading
 import warnings
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -74,12 +74,17 @@ def center_view(image, size):
 # Batches
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Batch(NamedTuple):
+@dataclasses.dataclass
+class Batch:
     """What a worker returns: the batch itself, the images it could not read, as {index: one line}, and warnings."""
 
-    content: tuple
+    content: tuple      # of tensors, or of arrays on their way through a pipe
     bad: dict
     warned: tuple = ()
+
+    def pin_memory(self):
+        """What DataLoader's thread calls for a GPU: from pinned memory it copies while the host goes on."""
+        return dataclasses.replace(self, content=tuple(torch.as_tensor(part).pin_memory() for part in self.content))
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -104,7 +109,7 @@ class _Batches(torch.utils.data.Dataset):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
                 batch = self.make(*item)
-            return batch._replace(warned=tuple(str(warning.message) for warning in caught))
+            return dataclasses.replace(batch, warned=tuple(str(warning.message) for warning in caught))
         except InputError as error:
             return error
 
@@ -132,11 +137,11 @@ class _Batches(torch.utils.data.Dataset):
 
 
 class TwoViewBatches(_Batches):
-    """Batches (view a, view b, index [B]), each view (crops uint8 [B, 3, size, size], uniforms float32 [B, U]).
+    """Batches (crops uint8 [2, B, 3, size, size], uniforms float32 [2, B, U], index [B]) of two views per image.
 
     num_uniforms: U, how many uniform random numbers the augmentation needs per view (`Augment.num_uniforms`);
     recipe: None, or a torchvision transform that makes a complete view [3, size, size] of a PIL image in the worker:
-    then each view is (float32 [B, 3, size, size], [B, 0]).
+    then batches are (float32 [2, B, 3, size, size], [2, B, 0], index [B]).
     """
 
     def __init__(self, image_set, seed, crop_min, num_uniforms, bad_images="stop", recipe=None):
@@ -154,14 +159,14 @@ class TwoViewBatches(_Batches):
 
     def with_crops(self, epoch, good):
         crops = torch.empty(2, len(good), self.size, self.size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
-        uniforms = np.empty((2, len(good), self.num_uniforms), dtype=np.float32)
+        uniforms = torch.empty(2, len(good), self.num_uniforms)
         for row, (index, image, _) in enumerate(good):
             image = pil_to_tensor(image)
             rng = self.generator(epoch, index)
             for view in range(2):
                 crops[view, row] = random_crop(image, rng, self.size, self.scale)
-                uniforms[view, row] = rng.random(self.num_uniforms, dtype=np.float32)
-        return zip(crops, torch.from_numpy(uniforms), strict=True)
+                rng.random(dtype=np.float32, out=uniforms[view, row].numpy())
+        return crops, uniforms
 
     def with_recipe(self, epoch, good):
         images = torch.empty(2, len(good), 3, self.size, self.size)
@@ -170,7 +175,7 @@ class TwoViewBatches(_Batches):
                 torch.manual_seed(int(self.generator(epoch, index).integers(2**63)))
                 for view in range(2):
                     images[view, row] = self.recipe(image)
-        return zip(images, torch.empty(2, len(good), 0), strict=True)
+        return images, torch.empty(2, len(good), 0)
 
 
 class LabeledBatches(_Batches):
@@ -267,7 +272,8 @@ class Loader:
             # Not the default: spawn in a rank that was spawned, forkserver from Python 3.14 on. Such a worker imports
             # torch and copies the list of files; a forked one shares both, and never touches the GPU.
             multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
-            persistent_workers=workers > 0 and self.sampler.shuffle)        # evaluation's workers end with it
+            persistent_workers=workers > 0)
+        self.ahead = workers * (self.loader.prefetch_factor or 0)       # batches that workers may have ready
 
     def __len__(self):
         """Steps in an epoch."""
@@ -288,8 +294,8 @@ class Loader:
                 raise InputError(f"--bad-images skip: {bad_now} unreadable images so far in epoch {epoch}, more than "
                                  f"{self.MOST_BAD:.0%} of the data set, remove or replace them; one is "
                                  f"{next(iter(batch.bad.values()))}")
-            *images, last = batch.content
-            yield *(_to_device(part, self.device) for part in images), torch.as_tensor(last)
+            *images, last = map(torch.as_tensor, batch.content)
+            yield *(part.to(self.device, non_blocking=True) for part in images), last
 
     def report(self, batch):
         """Report each unreadable file and each warning once, on the rank that read it."""
@@ -305,23 +311,15 @@ class Loader:
                       file=sys.stderr, flush=True)
 
 
-def _to_device(part, device):
-    if isinstance(part, (tuple, list)):     # pinning turns tuples into lists in some torch releases
-        return tuple(_to_device(item, device) for item in part)
-    return torch.as_tensor(part).to(device, non_blocking=True)
-
-
 def _as_made(batch):
     return batch
 
 
 def _as_arrays(batch):
-    """Convert tensors to arrays: workers send tensors via shared memory, but arrays through a pipe."""
-    if isinstance(batch, torch.Tensor):
-        return batch.numpy()
-    if isinstance(batch, Batch):
-        return batch._replace(content=_as_arrays(batch.content))
-    return tuple(map(_as_arrays, batch)) if isinstance(batch, tuple) else batch
+    """Workers send tensors via shared memory, but arrays through a pipe."""
+    if isinstance(batch, InputError):
+        return batch
+    return dataclasses.replace(batch, content=tuple(part.numpy() for part in batch.content))
 
 
 def _fits_shared_memory(wanted):

@@ -39,16 +39,19 @@ class Progress:
     as in MoCo in a file or a pipe; with a bar on a terminal, where `live` means that each line replaces the one before.
 
     batches: with `epoch(epoch, first_step)`; epoch, first_step: where to begin; epochs: of the run; batch_size: global.
-    Speed and time left exclude an epoch's first step, in which workers start and kernels are selected.
+    Speed, waiting and time left exclude an epoch's first step, in which workers start and kernels are selected, or the
+    first `skip` steps.
     """
 
-    def __init__(self, batches, epoch, first_step, epochs, batch_size):
+    def __init__(self, batches, epoch, first_step, epochs, batch_size, skip=1):
         self.batches, self.epoch, self.first_step, self.batch_size = batches, epoch, first_step, batch_size
+        self.skip = skip
         self.steps = len(batches)
         self.steps_left = (epochs - epoch) * self.steps - first_step        # in the whole run
         self.step_time, self.data_time = AverageMeter("Time"), AverageMeter("Data")
         self.done = 0
-        self.start = self.first = self.now = time.perf_counter()
+        self.start = self.now = time.perf_counter()
+        self.before = 0, self.start, 0.0        # what the speed excludes: steps, their end, seconds of waiting for data
         self.live = sys.stdout.isatty()
 
     def __iter__(self):
@@ -63,14 +66,18 @@ class Progress:
         self.step_time.update(now - self.now)
         self.now = now
         self.done += 1
-        if self.done == 1:
-            self.first = now
+        if self.done in (1, self.skip):
+            self.before = self.done, now, self.data_time.sum
+
+    def counted(self):
+        """Steps, their seconds, and of these the seconds of waiting for data; of all steps as long as none counts."""
+        steps, end, waited = self.before if self.done > self.before[0] else (0, self.start, 0.0)
+        return max(self.done - steps, 1), max(self.now - end, 1e-9), self.data_time.sum - waited
 
     @property
     def seconds_per_step(self):
-        if self.done < 2:
-            return max(self.now - self.start, 1e-9)
-        return (self.now - self.first) / (self.done - 1)
+        steps, seconds, _ = self.counted()
+        return seconds / steps
 
     @property
     def images_per_second(self):
@@ -79,7 +86,8 @@ class Progress:
     @property
     def waiting(self):
         """The fraction of the time spent waiting for data."""
-        return f"data wait {self.data_time.sum / max(self.step_time.sum, 1e-9):.0%}"
+        _, seconds, waited = self.counted()
+        return f"data wait {waited / seconds:.0%}"
 
     def line(self, *meters):
         """`Epoch: [3][  10/5004]  Time 0.121 (0.125)  ...  812 images/s  ETA 3:12:44`, times in seconds."""

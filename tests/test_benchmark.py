@@ -18,6 +18,7 @@ FLOOR, PIL = "floor: encoder alone", "PIL recipe, 1 worker"
 ROWS = {"step": [FLOOR, "full step", "of which augment", "of which loss", "of which LARS",
                  "LARS, one tensor at a time"],
         "train": [FLOOR, "full step", "full step and loader", "plain recipe and loader"],
+        "lincls": ["step", "step and loader"],
         "data": [PIL, "uint8 crops, 1 worker", "uint8 crops, 2 workers", "color on the device"]}
 RATIOS = {"step": {"% of floor": (FLOOR, 100)}, "data": {"times PIL": (PIL, 1)},
           "train": {"% of floor's speed": (FLOOR, 100), "times the plain recipe": ("plain recipe and loader", 1)}}
@@ -25,11 +26,12 @@ RATIOS = {"step": {"% of floor": (FLOOR, 100)}, "data": {"times PIL": (PIL, 1)},
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Folders of just enough images: for `train` 4 batches of 4, and for `data`, which contains it, of 32."""
+    """Just enough images: for `train` and `lincls` 5 batches of 4, and for `data` 7 of 8."""
     folder = tmp_path_factory.mktemp("photos")
-    for k in range(128):
-        write_image(folder / ("few" if k < 16 else "") / f"{k}.jpg", seed=k)
-    return {"train": ["--data", folder / "few"], "data": ["--data", folder], "step": []}
+    for k in range(56):
+        write_image(folder / ("few" if k < 20 else "") / f"{k}.jpg", seed=k)
+    few = ["--data", folder / "few"]
+    return {"train": few, "lincls": few, "data": ["--data", folder], "step": []}
 
 
 @pytest.fixture
@@ -50,19 +52,35 @@ def report(tmp_path, monkeypatch):
 def test_rows(mode, photos, report, capsys):
     """Every variant must be measured, related to its reference, printed, and written to --json."""
     figures = report(mode, *photos[mode])
-    assert (figures["mode"], figures["device"], figures["versions"]["torch"]) == (mode, "CPU", torch.__version__)
-    rows = {row["what"]: row for row in figures["rows"]}
+    assert (figures["device"], figures["versions"]["torch"]) == ("CPU", torch.__version__)
+    assert list(figures["tables"]) == [mode]
+    rows = {row["what"]: row for row in figures["tables"][mode]}
     assert list(rows) == ROWS[mode]
     for row in rows.values():
-        pairs = 32 if mode == "data" else 4
+        batch = 8 if mode == "data" else 4
         is_part = mode == "step" and row["what"] not in ROWS[mode][:2]
-        assert row["pairs/s"] == (None if is_part else pytest.approx(1000 * pairs / row["ms"]))
-        for column, (reference, scale) in RATIOS[mode].items():     # of one repeat, so they are the medians
+        speed = row["images/s" if mode == "lincls" else "pairs/s"]
+        assert speed == (None if is_part else pytest.approx(1000 * batch / row["ms"]))
+        for column, (reference, scale) in RATIOS.get(mode, {}).items():     # of one repeat, so they are the medians
             ratio = rows[reference]["ms"] / row["ms"]
             assert row[column] == pytest.approx(scale * (1 / ratio if mode == "step" else ratio))
     printed = capsys.readouterr().out
-    assert [line.split("  ")[0] for line in printed.splitlines()[-len(rows):]] == ROWS[mode]
+    assert [line.split("|")[1].strip() for line in printed.splitlines()[-len(rows):]] == ROWS[mode]
     assert "hours" not in printed       # extrapolated from ImageNet's own network and size alone
+
+
+@pytest.mark.slow
+def test_all_modes_at_once(photos, report, monkeypatch, capsys):
+    """A table of the steps of all cases, and the other modes for the first one."""
+    monkeypatch.setattr(benchmark, "CPU_CASES", [("resnet18", 16, 4), ("resnet34", 24, 2)])
+    tables = report("all", *photos["train"])["tables"]
+    assert [row["step"] for row in tables["step"]] == ["resnet18, 16 px, batch 4", "resnet34, 24 px, batch 2"]
+    for row in tables["step"]:
+        assert row["full step, ms"] > row["augment, ms"] > 0
+    assert [[row["what"] for row in tables[mode]] for mode in ("train", "lincls")] == [ROWS["train"], ROWS["lincls"]]
+    printed = capsys.readouterr().out
+    assert printed.count("resnet18 at 16 pixels, batch 4") == 3
+    assert printed.count("\n\n| ") == 3
 
 
 def test_medians():

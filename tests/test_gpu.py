@@ -4,12 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
 
 import train
 from scripts.tools import benchmark
 from sogclr.augment import Augment
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
 from sogclr.optimizer import LARS
+from sogclr.parallel import SyncBatchNorm
 
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
               pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]     # torch's, at each use
@@ -60,7 +64,7 @@ def test_augmentation_equals_that_on_the_cpu(no_waiting):
     crops = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
     uniforms = torch.rand(16, Augment.num_uniforms)
     stage = Augment((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), blur=True)
-    expected = stage((crops, uniforms))
+    expected = stage(crops, uniforms)
     stage, view = stage.cuda(), (crops.cuda(), uniforms.cuda())
     no_waiting()
     ours = stage(view)
@@ -119,3 +123,69 @@ def test_step_as_a_cuda_graph():
     # Sums are in another order. Some BatchNorm weights alone would not suffice: their steps are lost in rounding.
     assert (weights(graphed) - weights(eager)).norm() < 0.05 * (weights(eager) - before).norm()
     assert torch.allclose(eager.criterion.log_u[eager.index], graphed.criterion.log_u[graphed.index], atol=1e-2)
+
+
+def batch_norm(rank, world, kind, device, dtype):
+    """Output, input gradient and running statistics of a layer on a rank's part of a batch."""
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(64)
+    layer.__class__ = kind
+    layer.to(device, torch.promote_types(dtype, torch.float32))
+    x, grad = torch.randn(2, 16, 64, 6, 7, dtype=torch.float64)[:, rank * 16 // world:(rank + 1) * 16 // world]
+    x = (1 + 2 * x).to(device, dtype, memory_format=torch.channels_last).requires_grad_()
+    y = layer(x)
+    y.backward(grad.to(device, dtype))
+    return [value.detach().cpu() for value in (y, x.grad, layer.running_mean, layer.running_var)]
+
+
+def batch_norm_rank(rank, world, folder):
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    for backend in ("gloo", "nccl")[:1 + (world == 1)]:
+        dist.init_process_group(backend, init_method=f"file://{folder}/{backend}", rank=rank, world_size=world)
+        results = {dtype: batch_norm(rank, world, SyncBatchNorm, device, dtype)
+                   for dtype in (torch.float64, torch.float32, torch.bfloat16)}
+        dist.destroy_process_group()
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_sync_batch_norm_equals_that_of_the_whole_batch(world, tmp_path):
+    """On one rank over NCCL, and on two over gloo on the same GPU: output, gradient, running statistics."""
+    mp.start_processes(batch_norm_rank, nprocs=world, args=(world, str(tmp_path)), start_method="spawn")
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        y, x_grad, *statistics = batch_norm(0, 1, nn.BatchNorm2d, torch.device("cpu"), torch.float64)
+        close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
+        torch.testing.assert_close(torch.cat([results[dtype][0] for results in ranks]), y, **close)
+        torch.testing.assert_close(torch.cat([results[dtype][1] for results in ranks]), x_grad, **close)
+        for results in ranks:
+            torch.testing.assert_close(results[dtype][2:], statistics, **close)
+
+
+def batch_norm_without_waiting(_, folder):
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/nccl", rank=0, world_size=1)
+    for mode in ("default", "error"):       # what is initialized in the first call may wait
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        layer = SyncBatchNorm(8).cuda()
+        layer(torch.ones(4, 8, 3, 3, device="cuda").requires_grad_()).sum().backward()
+    torch.cuda.set_sync_debug_mode("default")
+    dist.destroy_process_group()
+
+
+def test_sync_batch_norm_never_waits_for_the_device(tmp_path):
+    """Neither forward nor backward, over NCCL."""
+    mp.start_processes(batch_norm_without_waiting, nprocs=1, args=(str(tmp_path),), start_method="spawn")
+
+
+@pytest.mark.parametrize("blur", [False, True])
+def test_half_precision_augmentation(blur):
+    """A 16-bit result is computed in float16: it must be off by a tenth of a gray level on average, at most by 3."""
+    crops = torch.randint(0, 256, (2, 16, 3, 64, 64), dtype=torch.uint8)
+    uniforms = torch.rand(2, 16, Augment.num_uniforms)
+    expected = Augment((0.5,) * 3, (1 / 255,) * 3, blur)(crops, uniforms)       # in gray levels
+    ours = Augment((0.5,) * 3, (1 / 255,) * 3, blur, torch.float16).cuda()(crops, uniforms).cpu()
+    assert 1e-3 < (ours - expected).abs().mean() < 0.2
+    assert (ours - expected).abs().max() < 3

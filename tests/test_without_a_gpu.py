@@ -66,10 +66,10 @@ def test_augmentation(blur, fake_gpu):
     """With crops on the host or on the GPU; in hardly more operations than now, since they bound small batches."""
     stage = Augment((0.5,) * 3, (0.2,) * 3, blur, torch.bfloat16, torch.channels_last).to("cuda")
     for device in ("cpu", "cuda"):
-        crops = torch.zeros(B, 3, 32, 32, dtype=torch.uint8, device=device)
-        uniforms = torch.rand(B, Augment.num_uniforms, device=device)
+        crops = torch.zeros(2, B, 3, 32, 32, dtype=torch.uint8, device=device)
+        uniforms = torch.rand(2, B, Augment.num_uniforms, device=device)
         fake_gpu.names.clear()
-        views = stage((crops, uniforms))
+        views = stage(crops, uniforms)
         assert len(fake_gpu.names) <= 120 + 50 * blur
         assert (views.shape, views.dtype, views.device.type) == (crops.shape, torch.bfloat16, "cuda")
 

@@ -91,9 +91,9 @@ class Network:
                         shuffle=batch_statistics, drop_last=batch_statistics)
         model = copy.deepcopy(self.model).train(batch_statistics)       # whose running statistics would change
         z, index = [], []
-        for view1, view2, batch in loader.epoch(self.epoch + visit):
+        for crops, uniforms, batch in loader.epoch(self.epoch + visit):
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                z.append(torch.stack(model(self.augment(view1), self.augment(view2)), dim=1).float())
+                z.append(torch.stack(model(*self.augment(crops, uniforms)), dim=1).float())
             index.append(batch)
         print(f"=> visit {visit} of {len(self.views)} images", file=sys.stderr)
         index = torch.cat(index)

@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """Measures the speed and memory of training, next to a reference in the same run.
 
+    python scripts/tools/benchmark.py all --data DIR       all below but data, in a few minutes: the report's tables
     python scripts/tools/benchmark.py step                 the training step, and the encoder's passes alone
     python scripts/tools/benchmark.py train --data DIR     training on the images in DIR, and the plain recipe
+    python scripts/tools/benchmark.py lincls --data DIR    linear evaluation on the images in DIR
     python scripts/tools/benchmark.py data --data DIR      two 224-pixel views of each image, by worker processes
 
 Runs on the GPU if there is one, else on the CPU. Variants are interleaved, and each figure is the median over the
-repeats, because machines are noisy. --json FILE also writes the figures to a file.
+repeats, because machines are noisy. Tables are in Markdown; --json FILE also writes the figures to a file.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -21,11 +24,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sogclr import InputError
-from sogclr.augment import Augment, pil_recipe
+from sogclr.augment import Augment, Normalize, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, memory_format, resnet
 from sogclr.datasets import IMAGENET_MEAN_STD, ImageSet, open_data_set
+from sogclr.features import Encoder
 from sogclr.flags import ARCHITECTURES, Parser, number, output_file, resolve_precision
-from sogclr.loader import Loader, TwoViewBatches, workers_per_rank
+from sogclr.loader import LabeledBatches, Loader, TwoViewBatches, available_cores
 from sogclr.loss import GlobalContrastiveLoss
 from sogclr.optimizer import LARS
 from sogclr.report import environment_info
@@ -33,7 +37,10 @@ from sogclr.report import environment_info
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler logs to stderr otherwise
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMAGENET_IMAGES, CROP_MIN = 1_281_167, 0.08
+COUNTED = 40 if DEVICE.type == "cuda" else 8        # steps in an epoch
 FLOOR = "floor: encoder alone"
+CASES = [("resnet50", 224, 256), ("resnet50", 224, 64), ("resnet18", 32, 512), ("resnet18", 32, 64)]     # of `all`
+CPU_CASES = [("resnet18", 64, 64), ("resnet18", 32, 64)]
 synchronize = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
 
 
@@ -92,10 +99,10 @@ def captured(function):
     return graph.replay
 
 
-def resident_view(batch_size, image_size):
-    """Return a view of random pixels, with the types and strides of the loader's, on the device."""
-    crops = torch.randint(256, (batch_size, 3, image_size, image_size), dtype=torch.uint8, device=DEVICE)
-    return crops.to(memory_format=torch.channels_last), torch.rand(batch_size, Augment.num_uniforms, device=DEVICE)
+def resident_views(batch_size, image_size):
+    """Return two views of random pixels, with the types and strides of the loader's, on the device."""
+    crops = torch.randint(256, (2, batch_size, image_size, image_size, 3), dtype=torch.uint8, device=DEVICE)
+    return crops.permute(0, 1, 4, 2, 3), torch.rand(2, batch_size, Augment.num_uniforms, device=DEVICE)
 
 
 class Training:
@@ -110,10 +117,10 @@ class Training:
         self.criterion = GlobalContrastiveLoss(IMAGENET_IMAGES).to(DEVICE)
         self.optimizer = LARS(self.model.parameters(), lr=1e-3, weight_decay=1e-6)
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=self.precision == "fp16")
-        self.views = [resident_view(args.batch_size, data.image_size) for _ in range(2)]
+        self.views = resident_views(args.batch_size, data.image_size)
         # On the host and pinned, as from the loader.
         self.index = torch.randperm(IMAGENET_IMAGES, pin_memory=DEVICE.type == "cuda")[:args.batch_size]
-        self.images = [self.augment(view) for view in self.views]
+        self.images = self.augment(*self.views)
         self.z = [z.detach().requires_grad_() for z in self.encode(*self.images)]
         self.z_grads = [torch.randn_like(z) for z in self.z]
 
@@ -121,8 +128,8 @@ class Training:
         with torch.autocast(DEVICE.type, self.dtype, enabled=self.precision != "fp32"):
             return self.model(images1, images2)
 
-    def step(self, view1, view2, index):
-        loss = self.criterion(*self.encode(self.augment(view1), self.augment(view2)), index)
+    def step(self, crops, uniforms, index):
+        loss = self.criterion(*self.encode(*self.augment(crops, uniforms)), index)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -195,7 +202,7 @@ def benchmark_step(args):
     data = ImageSet(None, args.image_size, *IMAGENET_MEAN_STD)
     ours, spare = Training(args, data), Training(args, data)
     spare.floor()       # gives LARS alone its gradients: those of an fp16 step can be infinite and ruin the weights
-    parts = {"of which augment": lambda: [ours.augment(view) for view in ours.views],
+    parts = {"of which augment": lambda: ours.augment(*ours.views),
              "of which loss": lambda: torch.autograd.grad(ours.criterion(*ours.z, ours.index), ours.z),
              "of which LARS": spare.optimizer.step,
              "LARS, one tensor at a time": OneByOne(spare.model.parameters(), lr=1e-3, weight_decay=1e-6).step}
@@ -218,87 +225,136 @@ def benchmark_step(args):
 
 def benchmark_train(args):
     """Measure training from image files: what is left of the floor's speed, and the gain over the plain recipe."""
-    data = open_images(args, args.image_size, args.batch_size, most=100 if DEVICE.type == "cuda" else 10)
+    data = open_data_set("folder", args.data, "train", args.image_size, labels=False)
+    loader, plain_loader = (new_loader(two_views(data, pil), args) for pil in (False, True))
     training, plain = Training(args, data), PlainTraining(args, data)
-    loader, plain_loader = (new_loader(data, args.batch_size, args.workers, DEVICE, pil) for pil in (False, True))
-    steps, workers = len(loader), workers_per_rank(args.workers)
-    skip = min(max(workers, 1), steps // 2)     # every worker prepares one while the first is awaited
-    variants = {FLOOR: lambda: timed(training.floor, [()] * steps, skip),
-                "full step": lambda: timed(training.full_step, [()] * steps, skip),
+    steps, skip = len(loader), loader.ahead + 1
+    variants = {FLOOR: lambda: timed(training.floor, [()] * (steps - skip)),
+                "full step": lambda: timed(training.full_step, [()] * (steps - skip)),
                 "full step and loader": lambda: timed(training.step, loader.epoch(0), skip),
                 "plain recipe and loader": lambda: timed(plain.step, plain_loader.epoch(0), skip)}
     rows = compare(variants, args.repeats, args.batch_size, {
         "% of floor's speed": lambda ms, run: 100 * run[FLOOR] / ms,
         "times the plain recipe": lambda ms, run: run["plain recipe and loader"] / ms})
-    describe(args, training.precision, rows[2]["pairs/s"])
-    print(f"{steps} steps a repeat, the first {skip} not counted; {workers} workers")
+    describe(args, training.precision, rows[2]["pairs/s"], loader)
     return rows
+
+
+def benchmark_lincls(args):
+    """Measure lincls.py's step on frozen features, of random crops and of crops that are already on the device."""
+    data = open_data_set("folder", args.data, "train", args.image_size, labels=False)
+    loader = new_loader(LabeledBatches(data, augment=True, bad_images="skip"), args)
+    precision, dtype = resolve_precision(args.precision, DEVICE)
+    network = resnet(args.arch, choose_stem(args.stem, args.image_size))
+    classifier, network.fc = network.fc.to(DEVICE), torch.nn.Identity()
+    network.to(memory_format=memory_format(DEVICE, dtype))
+    encoder = Encoder(network, Normalize(data.mean, data.std), dtype).to(DEVICE).eval()
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1, momentum=0.9)
+
+    def step(images, target):
+        with torch.inference_mode():
+            features = encoder(images)
+        loss = torch.nn.functional.cross_entropy(classifier(features.clone()), target.to(DEVICE, non_blocking=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    resident = resident_views(args.batch_size, args.image_size)[0][0], torch.zeros(args.batch_size, dtype=torch.int64)
+    skip = loader.ahead + 1
+    rows = compare({"step": lambda: timed(step, [resident] * (len(loader) - skip)),
+                    "step and loader": lambda: timed(step, loader.epoch(0), skip)}, args.repeats, args.batch_size, {})
+    describe(args, precision, None, loader)
+    return [{"images/s" if key == "pairs/s" else key: value for key, value in row.items()} for row in rows]
+
+
+def benchmark_all(args):
+    """Measure steps of several networks, and training and evaluation of the first one: {mode: rows}."""
+    rows, cases = [], CASES if DEVICE.type == "cuda" else CPU_CASES
+    for arch, image_size, batch_size in cases:
+        one = {row["what"]: row for row in benchmark_step(with_case(args, arch, image_size, batch_size))}
+        full = one["full step"]
+        rows.append({"step": f"{arch}, {image_size} px, batch {batch_size}", "encoder alone, ms": one[FLOOR]["ms"],
+                     "full step, ms": full["ms"], "pairs/s": full["pairs/s"], "peak MiB": full.get("peak MiB"),
+                     **{f"{part}, ms": one[f"of which {part}"]["ms"] for part in ("augment", "loss", "LARS")}})
+    args = with_case(args, *cases[0])
+    return {"step": rows, "train": benchmark_train(args), "lincls": benchmark_lincls(args)}
 
 
 def benchmark_data(args):
     """Measure the whole recipe by PIL in the workers, and its two halves: uint8 crops there, color on the device."""
-    data = open_images(args, 224, batch_size := 32, most=32)
-    color, view = Augment(data.mean, data.std, data.blur).to(DEVICE), resident_view(batch_size, 224)
+    data = open_data_set("folder", args.data, "train", 224, labels=False)
+    args = argparse.Namespace(**vars(args) | {"batch_size": 8})
+    color, views = Augment(data.mean, data.std, data.blur).to(DEVICE), resident_views(args.batch_size, 224)
 
     def epoch_of(workers, pil=False):
-        loader = new_loader(data, batch_size, workers, torch.device("cpu"), pil)
-        return lambda: timed(lambda *_: None, loader.epoch(0), skip=workers)
+        args.workers = workers
+        loader = new_loader(two_views(data, pil), args, torch.device("cpu"))
+        return lambda: timed(lambda *_: None, loader.epoch(0), loader.ahead + 1)
 
     return compare({"PIL recipe, 1 worker": epoch_of(1, pil=True),
                     "uint8 crops, 1 worker": epoch_of(1), "uint8 crops, 2 workers": epoch_of(2),
-                    "color on the device": lambda: timed(lambda: (color(view), color(view)), [()] * 4)},
-                   args.repeats, batch_size, {"times PIL": lambda ms, run: run["PIL recipe, 1 worker"] / ms})
+                    "color on the device": lambda: timed(lambda: color(*views), [()] * 4)},
+                   args.repeats, args.batch_size, {"times PIL": lambda ms, run: run["PIL recipe, 1 worker"] / ms})
 
 
-def open_images(args, image_size, batch_size, most):
-    """Return the first images in --data, enough for at most `most` batches."""
-    data = open_data_set("folder", args.data, "train", image_size, labels=False)
-    if len(data.images) < 4 * batch_size:
-        raise InputError(f"--data {args.data}: holds {len(data.images)} images, give 4 batches of {batch_size} or more")
-    data.images = torch.utils.data.Subset(data.images, range(min(len(data.images), most * batch_size)))
-    return data
+def with_case(args, arch, image_size, batch_size):
+    return argparse.Namespace(**vars(args) | {"arch": arch, "image_size": image_size, "batch_size": batch_size})
 
 
-def new_loader(data, batch_size, workers, device, pil):
-    views = TwoViewBatches(data, 0, CROP_MIN, Augment.num_uniforms, "skip", pil_recipe(data, CROP_MIN) if pil else None)
-    return Loader(views, batch_size, workers, device, shuffle=True, drop_last=True)
+def two_views(data, pil):
+    recipe = pil_recipe(data, CROP_MIN) if pil else None
+    return TwoViewBatches(data, 0, CROP_MIN, Augment.num_uniforms, "skip", recipe)
 
 
-def describe(args, precision, pairs_per_second):
+def new_loader(batches, args, device=None):
+    """Return a loader of the first images, for at most COUNTED steps after those that its workers prepare ahead."""
+    loader = Loader(batches, args.batch_size, args.workers, device or DEVICE, shuffle=True, drop_last=True)
+    least = loader.ahead + 3
+    if len(loader) < least:
+        raise InputError(f"--data {args.data}: its {len(batches)} images are fewer than {least} batches of "
+                         f"{args.batch_size}, give more (links to the same ones will do), or fewer --workers")
+    loader.sampler.num_images = min(len(batches), (loader.ahead + 1 + COUNTED) * args.batch_size)
+    return loader
+
+
+def describe(args, precision, pairs_per_second=None, loader=None):
     """Print what was measured and, if it is the ImageNet-1K recipe's network and image size, the hours it takes."""
-    print(f"{args.arch} at {args.image_size} pixels, batch {args.batch_size}, {precision}")
-    if (args.arch, args.image_size) == ("resnet50", 224) and args.stem != "cifar":
+    print(f"{args.arch} at {args.image_size} pixels, batch {args.batch_size}, {precision}"
+          + (f"; {len(loader)} steps per repeat, the first {loader.ahead + 1} not counted" if loader else ""))
+    if pairs_per_second and (args.arch, args.image_size) == ("resnet50", 224) and args.stem != "cifar":
         hours = IMAGENET_IMAGES / pairs_per_second / 3600
         print(f"extrapolated: {IMAGENET_IMAGES:,} images at {pairs_per_second:.1f} pairs/s are {100 * hours:.1f} hours "
               f"for 100 epochs, {800 * hours:.1f} hours for 800")
 
 
 def table(rows):
-    """Print dicts with equal keys as columns: the first is text, the others are figures."""
+    """Print dicts with equal keys as a table in Markdown: the first column is text, the others are figures."""
     def cell(value):
-        return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
     lines = [list(rows[0]), *([what, *map(cell, figures)] for what, *figures in map(dict.values, rows))]
     first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in widths)])
     for what, *figures in lines:
-        print(what.ljust(first), *map(str.rjust, figures, widths), sep="  ")
+        print("|", " | ".join([what.ljust(first), *map(str.rjust, figures, widths)]), "|")
 
 
 def main():
-    gpu, modes = DEVICE.type == "cuda", {"step": benchmark_step, "train": benchmark_train, "data": benchmark_data}
+    gpu, modes = DEVICE.type == "cuda", {"all": benchmark_all, "step": benchmark_step, "train": benchmark_train,
+                                         "lincls": benchmark_lincls, "data": benchmark_data}
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("mode", choices=tuple(modes), help="what to measure")
-    parser.add_argument("--data", metavar="DIR", help="for train and data: a folder of images")
-    parser.add_argument("--repeats", type=number(int, "[1, inf)"), default=5, metavar="N", help="of each measurement")
+    parser.add_argument("--data", metavar="DIR", help="for all but step: a folder of images")
+    parser.add_argument("--repeats", type=number(int, "[1, inf)"), default=3, metavar="N", help="of each measurement")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--cuda-graph", action="store_true", help="for step: measure it as a CUDA graph, too")
-    flag = parser.add_argument_group("for step and train, as in train.py").add_argument
+    flag = parser.add_argument_group("for step, train and lincls, as in train.py").add_argument
     flag("-a", "--arch", default="resnet50" if gpu else "resnet18", choices=ARCHITECTURES, metavar="ARCH", help="model")
     flag("--stem", default="auto", choices=("auto", "imagenet", "cifar"), help="its first layers")
     flag("--image-size", default=224 if gpu else 64, type=number(int, "[8, inf)"), metavar="PIXELS", help="of crops")
     flag("-b", "--batch-size", default=256 if gpu else 64, type=number(int, "[2, inf)"), metavar="N", help="in images")
     flag("--precision", choices=("bf16", "fp16", "fp32"), help="of the encoder (default: this device's)")
-    flag("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N", help="for train; at most the cores")
+    flag("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N", help="at most the cores")
     args = parser.parse_args()
     # The scaler of fp16 waits for the device, which a graph cannot.
     if args.cuda_graph and not (args.mode == "step" and gpu and resolve_precision(args.precision, DEVICE)[0] != "fp16"):
@@ -306,14 +362,19 @@ def main():
 
     torch.backends.cudnn.benchmark = True       # as train.py without --seed
     machine = environment_info(DEVICE)
-    print(f"{args.mode} on {machine['device']}, {machine['threads']} CPU threads, torch {torch.__version__}")
+    commit = (machine["commit"] or "unknown")[:7] + " with changes" * (machine["clean"] is False)
+    print(f"{machine['device']}, {available_cores()} CPU cores, {machine['threads']} threads, torch "
+          f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}, commit {commit}")
     try:
-        rows = modes[args.mode](args)
+        tables = modes[args.mode](args)
     except InputError as error:
         parser.error(str(error))
-    table(rows)
+    tables = tables if args.mode == "all" else {args.mode: tables}
+    for rows in tables.values():
+        print()
+        table(rows)
     if args.json:
-        args.json.write_text(json.dumps({"mode": args.mode, **machine, "rows": rows}, indent=2) + "\n")
+        args.json.write_text(json.dumps({**machine, "tables": tables}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
