@@ -8,7 +8,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from sogclr import InputError
+from sogclr import InputError, one_line
 
 TIMEOUT_SECONDS = 600       # how long a rank waits for another, at startup and in a collective
 
@@ -58,15 +58,19 @@ def escape_output():
 
 def join(url, rank, world_size, backend, device):
     """Initialize the process group. Raises InputError if the ranks do not connect."""
+    global _cpu_group
     timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)
     try:
         dist.init_process_group(backend, init_method=url, world_size=world_size, rank=rank, timeout=timeout,
                                 device_id=device if backend == "nccl" else None)
-    except (ValueError, RuntimeError) as error:
+        _cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+    except (ValueError, dist.DistStoreError, dist.DistNetworkError) as error:
         raise InputError(f"--dist-url {url}: {world_size} processes did not connect ({str(error).splitlines()[0]}); "
                          f"start all of them within {TIMEOUT_SECONDS // 60} minutes with the same address") from error
-    global _cpu_group
-    _cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+    except RuntimeError as error:       # of NCCL or gloo, after the ranks have found each other
+        raise InputError(f"--dist-backend {backend}: the processes cannot exchange data ({one_line(error)}); if it is "
+                         "the network, choose its interface by GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME for GPUs); "
+                         "NCCL_DEBUG=INFO prints more about GPUs") from error
 
 
 class _Gather(torch.autograd.Function):

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 
 import torch
@@ -179,15 +180,21 @@ def _start(main_worker, args, rank=0, world_size=1, url=None):
         if dist.is_initialized():           # not after an error: other ranks may be waiting in a collective
             distributed.barrier()           # nor before rank 0 has saved
             dist.destroy_process_group()
-    except InputError as error:
-        _fail(f"error: {error}", 2)
-    except RuntimeError as error:
+    except Exception as error:
+        # The error keeps the loaders through its frames' variables, and when the process ends, torch may wait 5 seconds
+        # for each worker of a loader that is still there.
+        traceback.clear_frames(error.__traceback__)
         text = one_line(error)
-        if not dist.is_initialized() or not any(sign in text.lower() for sign in LOST):
+        if isinstance(error, InputError):
+            _fail(f"error: {error}", 2)
+        if not dist.is_initialized():
             raise
-        text = re.sub(r"^\[\S*\] ", "", text).split(". ")[0]        # without the C++ line and the advice
-        _fail(f"another rank has ended ({text}), so the run stops; --resume auto with the same command continues from "
-              "the last save", 1, lost=True)
+        if isinstance(error, RuntimeError) and any(sign in text.lower() for sign in LOST):
+            text = re.sub(r"^\[\S*\] ", "", text).split(". ")[0]        # without the C++ line and the advice
+            _fail(f"another rank has ended ({text}), so the run stops; --resume auto with the same command continues "
+                  "from the last save", 1, lost=True)
+        traceback.print_exc()
+        _end(1)
     if stopped:
         sys.exit(STOPPED)
 
@@ -201,7 +208,11 @@ def _fail(line, code, lost=False):
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
     if not dist.is_initialized():
         sys.exit(code)
-    # Skip the orderly exit, which could wait for collectives that others never join.
+    _end(code)
+
+
+def _end(code):
+    """End this rank without the orderly exit, which could wait for collectives that others never join."""
     sys.stdout.flush()
     for thread in threading.enumerate():        # a checkpoint may still be in progress
         if thread is not threading.current_thread() and not thread.daemon:

@@ -7,7 +7,8 @@ import torch
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from sogclr import distributed
+from sogclr import InputError, distributed
+from sogclr.launch import free_port
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, alignment_and_uniformity
 
 N, B, STEPS, TEMPERATURE = 20, 8, 4, 0.1
@@ -105,3 +106,25 @@ def test_one_process_needs_no_group():
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.all_gather(x) is x
     assert math.isclose(float(distributed.all_reduce_sum(torch.tensor(2.5))), 2.5)
+
+
+def test_processes_that_cannot_start(monkeypatch):
+    """It must be said whether they did not find each other or cannot use the network, over gloo or NCCL."""
+    def join(backend="gloo"):
+        distributed.join(f"tcp://localhost:{free_port()}", 0, 1, backend, torch.device("cpu"))
+
+    with monkeypatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "nowhere")
+        with pytest.raises(InputError, match=r"--dist-backend gloo: .*Unable to find address for: nowhere.*_IFNAME"):
+            join()
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(distributed.dist, "init_process_group", fail)
+    error = torch.distributed.DistBackendError("NCCL error in: init.cpp:42, unhandled system error")
+    with pytest.raises(InputError, match=r"--dist-backend nccl: .*unhandled system error"):
+        join("nccl")
+    error = torch.distributed.DistNetworkError("The client socket has timed out after 600000ms")
+    with pytest.raises(InputError, match=r"--dist-url tcp://localhost:.* 1 processes did not connect"):
+        join("nccl")

@@ -49,6 +49,36 @@ def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, n
     assert same(load(tmp_path / "straight"), load(tmp_path / "cut"))
 
 
+# In the second step raises an error, and at the end of the process, before torch does anything, counts the workers.
+FAILS = """
+import atexit, multiprocessing, sys, train
+from sogclr import InputError
+
+def fail(*_):
+    if next(step):
+        atexit.register(lambda: print(len(multiprocessing.active_children()), "workers"))
+        raise {error}("no memory")
+
+step = iter(range(2))
+train.set_lr = fail
+train.launch(train.main_worker, train.PARSER.parse_args())
+"""
+
+
+@pytest.mark.parametrize(("error", "code"), [("RuntimeError", 1), ("InputError", 2)])
+def test_an_error_leaves_no_worker(error, code, imagenet, tmp_path):
+    """Torch could wait 5 seconds for each. Also in a rank, which does not even wait for other ranks."""
+    command = [PYTHON, "-c", FAILS.format(error=error), "--data", imagenet, *TINY, "--save_dir", tmp_path]
+    alone = run(*command, "--workers", 2, code=code)
+    assert alone[0].endswith("\n0 workers\n")
+    ranked = run(*command, "--seed", 2, code=code, TORCHELASTIC_RUN_ID="1", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0",
+                 MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
+    assert "workers" not in ranked[0]
+    for _, text in (alone, ranked):
+        assert ("Traceback" in text) == (error == "RuntimeError")
+        assert text.endswith("RuntimeError: no memory\n" if error == "RuntimeError" else "error: no memory\n")
+
+
 def test_saves_in_an_epoch(imagenet, tmp_path, monkeypatch):
     """--save-minutes must write checkpoint_last within an epoch, and 0 never."""
     saves = []
