@@ -11,6 +11,7 @@ Two machines of 8 GPUs:
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --data DIR
 """
 
+import itertools
 import os
 import resource
 import sys
@@ -35,7 +36,7 @@ from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
 from sogclr.parallel import data_parallel
 from sogclr.run import Run, file_name
 
-DRY_STEPS, DRY_SECONDS = 12, 60     # what --dry-run measures, and its limit, but at least two steps
+DRY_STEPS, DRY_SECONDS = 12, 60     # what --dry-run measures at least, and its limit, but at least two steps
 METHODS = {"dcl": "sogclr", "cl": "simclr"}     # --loss_type: name of the method
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")     # and u with dcl
 # Settings that a resumed run must share with its checkpoint, since they change the results.
@@ -138,9 +139,9 @@ def main_worker(args, device):
     describe(run, data, model, len(loader), peak_lr, device)
     record = {"command": sys.argv, "settings": settings, **report.environment_info(device)}
     steps, print_freq, skip, knn_acc1 = len(loader), args.print_freq, 1, {}
-    if args.dry_run:    # which neither counts the batches that workers have ready nor waits to print
-        skip, print_freq = loader.ahead + 1, steps
-        loader = FirstBatches(loader, skip + DRY_STEPS)
+    if args.dry_run:    # which neither counts the first batches of each worker nor waits to print
+        skip, print_freq = loader.ahead + 1, steps + 1
+        loader = FirstBatches(loader, skip + max(DRY_STEPS, loader.ahead))      # workers may deliver in bursts
     else:
         report.write_json(run.folder / "settings.json", record)
 
@@ -261,8 +262,7 @@ def describe(run, data, model, steps, peak_lr, device):
     if args.warmup_epochs >= args.epochs:
         log(f"=> --warmup-epochs {args.warmup_epochs}: not below --epochs, so the peak is not reached")
     if args.dry_run:
-        log(f"=> dry run: measures {DRY_STEPS} steps after those that workers prepare ahead, in about {DRY_SECONDS} "
-            "seconds at most, and writes nothing")
+        log(f"=> dry run: measures some steps, in about {DRY_SECONDS} seconds at most, and writes nothing")
 
 
 def watched(criterion, losses, gcl, lr, progress):
@@ -308,7 +308,7 @@ def knn_monitor(args, data, device, dtype):
 
 
 class FirstBatches:
-    """For --dry-run: the first batches of a loader, until it has used DRY_SECONDS."""
+    """For --dry-run: the first batches of a loader, the very first one twice, until it has used DRY_SECONDS."""
 
     def __init__(self, loader, most):
         self.loader, self.most = loader, most
@@ -318,9 +318,11 @@ class FirstBatches:
 
     def epoch(self, epoch, first_step):
         start = time.perf_counter()
-        for step, batch in enumerate(self.loader.epoch(epoch, first_step)):
+        # The first step takes longer, and workers that get ahead meanwhile would seem faster than they are: start anew.
+        first = itertools.islice(self.loader.epoch(epoch, first_step), 1)
+        for steps, batch in enumerate(itertools.chain(first, self.loader.epoch(epoch, first_step)), 1):
             yield batch
-            if broadcast_int(step + 1 == self.most or (step > 0 and time.perf_counter() - start > DRY_SECONDS)):
+            if broadcast_int(steps == self.most or (steps > 1 and time.perf_counter() - start > DRY_SECONDS)):
                 return
 
 

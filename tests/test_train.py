@@ -191,6 +191,17 @@ def test_dry_run_writes_nothing(imagenet, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+def test_dry_run_starts_anew_after_the_first_step(monkeypatch):
+    """In which workers would get ahead of it; it must end after a number of steps, or when its time is up."""
+    class Batches:
+        def epoch(self, epoch, first_step):
+            yield from range(10)
+
+    assert list(train.FirstBatches(Batches(), 4).epoch(0, 0)) == [0, 0, 1, 2]
+    monkeypatch.setattr(train, "DRY_SECONDS", 0)
+    assert list(train.FirstBatches(Batches(), 4).epoch(0, 0)) == [0, 0]
+
+
 def test_speed_excludes_what_workers_had_ready(monkeypatch):
     """Of a loader that prepares 5 batches ahead and then takes 2 seconds for each, with steps of a second."""
     now = 0.0
