@@ -85,10 +85,10 @@ class _NormalizeOnGPU(torch.autograd.Function):
         grad, affine = _dense(grad), weight is not None
         *sums, weight_grad, bias_grad = torch.batch_norm_backward_reduce(
             grad, x, mean, invstd, weight, True, affine, affine)
-        # Not those of weight and bias, which DDP reduces.
+        # Not those of weight and bias, which DDP reduces; the kernel returns some even if there are none.
         x_grad = torch.batch_norm_backward_elemt(
             grad, x, mean, invstd, weight, *all_reduce_sum(torch.stack(sums)), counts)
-        return x_grad, weight_grad, bias_grad, *[None] * 4
+        return x_grad, *((weight_grad, bias_grad) if affine else (None, None)), None, None, None, None
 
 
 def _dense(x):

@@ -67,7 +67,7 @@ def test_augmentation_equals_that_on_the_cpu(no_waiting):
     expected = stage(crops, uniforms)
     stage, view = stage.cuda(), (crops.cuda(), uniforms.cuda())
     no_waiting()
-    ours = stage(view)
+    ours = stage(*view)
     torch.cuda.set_sync_debug_mode("default")
     assert (ours.cpu() - expected).abs().max() < 1e-4
 
@@ -166,11 +166,12 @@ def test_sync_batch_norm_equals_that_of_the_whole_batch(world, tmp_path):
 def batch_norm_without_waiting(_, folder):
     torch.cuda.set_device(0)
     dist.init_process_group("nccl", init_method=f"file://{folder}/nccl", rank=0, world_size=1)
+    layers = nn.Sequential(SyncBatchNorm(8), SyncBatchNorm(8, affine=False)).cuda()
+    x = torch.ones(4, 8, 3, 3, device="cuda").requires_grad_()
     for mode in ("default", "error"):       # what is initialized in the first call may wait
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
-        layer = SyncBatchNorm(8).cuda()
-        layer(torch.ones(4, 8, 3, 3, device="cuda").requires_grad_()).sum().backward()
+        layers(x).sum().backward()
     torch.cuda.set_sync_debug_mode("default")
     dist.destroy_process_group()
 

@@ -33,18 +33,19 @@ class Kernels:
         return mean, (var + eps)**-0.5
 
     def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
-        weight, bias, mean, invstd = (values[:, None, None] for values in (weight, bias, mean, invstd))
-        return (x - mean) * invstd * weight + bias
+        x = (x - mean[:, None, None]) * invstd[:, None, None]
+        return x if weight is None else x * weight[:, None, None] + bias[:, None, None]
 
     def batch_norm_backward_reduce(grad, x, mean, invstd, weight, of_input, of_weight, of_bias):
-        assert (of_input, of_weight, of_bias) == (True, True, True)
+        assert (of_input, of_weight, of_bias) == (True, weight is not None, weight is not None)
         total, product = grad.sum((0, 2, 3)), (grad * (x - mean[:, None, None])).sum((0, 2, 3))
         return total, product, product * invstd, total
 
     def batch_norm_backward_elemt(grad, x, mean, invstd, weight, total, product, counts):
         assert counts.dtype == torch.int32
-        mean, invstd, weight, total, product = (v[:, None, None] for v in (mean, invstd, weight, total, product))
-        return weight * invstd * (grad - total / counts.sum() - (x - mean) * invstd**2 * product / counts.sum())
+        mean, invstd, total, product = (values[:, None, None] for values in (mean, invstd, total, product))
+        scale = invstd if weight is None else invstd * weight[:, None, None]
+        return scale * (grad - total / counts.sum() - (x - mean) * invstd**2 * product / counts.sum())
 
 
 def simclr(rank, world):
@@ -65,13 +66,14 @@ def simclr(rank, world):
     return [*record, *(buffer.double() for buffer in model.buffers())], list(model.state_dict())
 
 
-def layer(rank, world, kernels=None):
-    """A layer's output, running statistics and gradients, with the GPU's code if there are kernels for it; and the
+def layer(rank, world, kernels=None, affine=True):
+    """A layer's output, gradients and running statistics, with the GPU's code if there are kernels for it; and the
     collectives forward and backward.
     """
     torch.manual_seed(1)
-    norm = nn.BatchNorm2d(5).double()
-    nn.init.normal_(norm.weight)
+    norm = nn.BatchNorm2d(5, affine=affine).double()
+    if affine:
+        nn.init.normal_(norm.weight)
     local = slice(rank * B // world, (rank + 1) * B // world)
     x, grad = torch.randn(2, B, 5, 3, 4, dtype=torch.float64)[:, local]
     x = (3 + 2 * x).requires_grad_()
@@ -94,15 +96,18 @@ def layer(rank, world, kernels=None):
         y = norm(x)
         forward = len(calls)
         y.backward(grad)
-    return ([y.detach(), x.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var],
+    return ([y.detach(), x.grad, *(p.grad for p in norm.parameters()), norm.running_mean, norm.running_var],
             (calls[:forward], calls[forward:]))
 
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    torch.save({"simclr": simclr(rank, world), "on CPU": layer(rank, world), "on GPU": layer(rank, world, Kernels)},
-               f"{folder}/{rank}.pt")
+    record = {"simclr": simclr(rank, world)}
+    for affine in (True, False):
+        record["CPU", affine] = layer(rank, world, None, affine)
+        record["GPU", affine] = layer(rank, world, Kernels, affine)
+    torch.save(record, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -128,19 +133,20 @@ def test_split_batch_equals_whole_batch(ranks):
             assert_equal(a, b)
 
 
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("device", ["CPU", "GPU"])
-def test_layer_equals_that_of_the_whole_batch(device, ranks):
+def test_layer_equals_that_of_the_whole_batch(device, affine, ranks):
     """To 1e-10, in one collective forward and one backward. The GPU's code runs here with its kernels in formulas."""
-    (y, x_grad, *others), _ = layer(0, 1)
-    ours = [record[f"on {device}"][0] for record in ranks]
+    (y, x_grad, *grads, mean, var), _ = layer(0, 1, None, affine)
+    ours = [record[device, affine][0] for record in ranks]
     assert_equal(torch.cat([values[0] for values in ours]), y)
     assert_equal(torch.cat([values[1] for values in ours]), x_grad)
-    for k in (2, 3):        # the gradients of weight and bias, which DDP adds up
-        assert_equal(sum(values[k] for values in ours), others[k - 2])
-    for values in ours:
-        assert_equal(values[4], others[2])
-        assert_equal(values[5], others[3])
+    for k, grad in enumerate(grads, 2):     # of weight and bias, which DDP adds up
+        assert_equal(sum(values[k] for values in ours), grad)
+    for *_, our_mean, our_var in ours:
+        assert_equal(our_mean, mean)
+        assert_equal(our_var, var)
     for record in ranks:
-        forward, backward = record[f"on {device}"][1]
+        forward, backward = record[device, affine][1]
         assert len(forward) == 1
         assert backward == ["all_reduce"]
