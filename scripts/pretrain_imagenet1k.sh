@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SogCLR on ImageNet-1K, ResNet-50, batch 256, 800 epochs: the authors' command, on a free port instead of theirs.
 # Needs: 4 GPUs, DATA=folder with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG (default data/imagenet1000).
-# Hours: 167 on one H100, extrapolated from 1,707 image pairs/s. On four A100 at best 57, from the 2,500 images/s of
+# Hours: 155 on one H100, extrapolated from 1,839 image pairs/s. On four A100 at best 57, from the 2,500 images/s of
 # ResNet-50 training that others report for one. --dry-run estimates yours.
 # The authors report 69.0 linear top-1 (68.4 in their first README); we have not measured it.
 # Arguments are appended, so any flag can be overridden. The same command continues an interrupted run.
