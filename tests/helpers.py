@@ -69,8 +69,9 @@ class Process(subprocess.Popen):
 
     def __init__(self, *command, cwd=ROOT, **env):
         defaults = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                    # Python 3.12 on warns of the fork of loader workers.
-                    "PYTHONWARNINGS": "error,ignore:This process:DeprecationWarning"}
+                    # Python 3.12 on warns of the fork of loader workers, and torch 2.6 leaves a folder to be removed.
+                    "PYTHONWARNINGS": "error,ignore:This process:DeprecationWarning,"
+                                      "ignore:Implicitly cleaning up:ResourceWarning"}
         super().__init__(list(map(str, command)), cwd=cwd, env=os.environ | defaults | env, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         self.limit = threading.Timer(TIMEOUT_SECONDS, self.kill_all)

@@ -96,7 +96,7 @@ def test_stopped_study_continues_and_then_has_nothing_to_do(imagenet, tmp_path, 
     nothing twice.
     """
     flags = [*TINY, "--data", str(imagenet), "--out", str(tmp_path)]
-    with Process(PYTHON, batch_size.__file__, *flags, PYTHONWARNINGS="default") as first:
+    with Process(PYTHON, batch_size.__file__, *flags, PYTHONWARNINGS="ignore") as first:
         while first.poll() is None and not any("Epoch: [0]" in log.read_text() for log in tmp_path.glob("*cl*.log")):
             time.sleep(0.02)
         first.send_signal(signal.SIGTERM)
