@@ -190,10 +190,10 @@ class Evaluation:
         """uint8 [b, 3, H, W] -> float32 [b, C], by the encoder's current weights."""
         return self.encoder(images)
 
-    def loader(self, data, augment=False, **order):
-        """Batches (images, labels) of a data set, by default center crops in the data set's order."""
+    def loader(self, data, augment=False, **kwargs):
+        """Batches (images, labels) of a data set, by default center crops in its order. kwargs: `Loader`'s."""
         batches = LabeledBatches(data, self.run.seed, augment, self.args.bad_images)
-        return Loader(batches, self.args.batch_size, self.args.workers, self.device, **order)
+        return Loader(batches, self.args.batch_size, self.args.workers, self.device, **kwargs)
 
     def write_results(self, path, **measured):
         """Write the run's results as JSON. `encoder`: its pretraining settings, if pretrained by train.py."""
@@ -372,7 +372,8 @@ def make_batches(evaluation):
         log(f"=> the quick protocol, not the classic one: {batches.features.nbytes / 1e9:.3g} GB of half-precision "
             f"features of center crops, computed once in {time.perf_counter() - begin:.1f} s")
         return batches, val_batches
-    loaders = evaluation.loader(evaluation.train_data, augment=True, **order), evaluation.loader(evaluation.val_data)
+    loaders = (evaluation.loader(evaluation.train_data, augment=True, keep_workers=True, **order),
+               evaluation.loader(evaluation.val_data, keep_workers=True))
     return loaders if args.finetune else [FreshFeatures(encode, loader) for loader in loaders]
 
 

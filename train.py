@@ -36,7 +36,7 @@ from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
 from sogclr.parallel import data_parallel
 from sogclr.run import Run, file_name
 
-DRY_STEPS, DRY_SECONDS = 12, 60     # what --dry-run measures at least, and its limit, but at least two steps
+DRY_STEPS, DRY_SECONDS = 12, 60     # what --dry-run measures at least, unless its time is up; it does two steps anyway
 METHODS = {"dcl": "sogclr", "cl": "simclr"}     # --loss_type: name of the method
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")     # and u with dcl
 # Settings that a resumed run must share with its checkpoint, since they change the results.
@@ -111,7 +111,8 @@ def main_worker(args, device):
     augment = Augment(data.mean, data.std, data.blur, dtype, layout).to(device)
     recipe = pil_recipe(data, args.crop_min) if args.augment == "pil" else None     # augment leaves its views unchanged
     views = TwoViewBatches(data, run.seed, args.crop_min, Augment.num_uniforms, args.bad_images, recipe)
-    loader = Loader(views, args.batch_size, args.workers, device, seed=run.seed, shuffle=True, drop_last=True)
+    loader = Loader(views, args.batch_size, args.workers, device, keep_workers=True,
+                    seed=run.seed, shuffle=True, drop_last=True)
     knn = knn_monitor(args, data, device, dtype) if args.knn_freq else None
 
     # Model, loss, optimizer
@@ -139,8 +140,8 @@ def main_worker(args, device):
     describe(run, data, model, len(loader), peak_lr, device)
     record = {"command": sys.argv, "settings": settings, **report.environment_info(device)}
     steps, print_freq, skip, knn_acc1 = len(loader), args.print_freq, 1, {}
-    if args.dry_run:    # which neither counts the first batches of each worker nor waits to print
-        skip, print_freq = loader.ahead + 1, steps + 1
+    if args.dry_run:
+        skip, print_freq = loader.ahead + 1, steps + 1      # printing would make the host wait for a GPU
         loader = FirstBatches(loader, skip + max(DRY_STEPS, loader.ahead))      # workers may deliver in bursts
     else:
         report.write_json(run.folder / "settings.json", record)
@@ -308,7 +309,7 @@ def knn_monitor(args, data, device, dtype):
 
 
 class FirstBatches:
-    """For --dry-run: the first batches of a loader, the very first one twice, until it has used DRY_SECONDS."""
+    """For --dry-run: the first `most` batches of a loader, fewer if time is up; the very first one twice."""
 
     def __init__(self, loader, most):
         self.loader, self.most = loader, most

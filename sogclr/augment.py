@@ -1,8 +1,8 @@
 """The color augmentations of SimCLR, for a whole batch at once on the device, with separate parameters per image.
 
 Worker processes decode and crop (`sogclr.loader`) and return uint8 crops with the uniform random numbers that determine
-the rest. Every operation here is a branch-free formula over the whole batch, so it runs the same on CPU and GPU and
-never synchronizes with the device. Recipe: SimCLR / BYOL as in the authors' release.
+the rest. Every operation here is a branch-free formula over a batch, so it runs the same on CPU and GPU and never
+synchronizes with the device. Recipe: SimCLR / BYOL as in the authors' release.
 """
 
 import math
@@ -38,12 +38,12 @@ class Normalize(nn.Module):
 class Augment(nn.Module):
     """Color jitter, grayscale, blur and normalization of crops from the loader.
 
-    images: uint8 [..., 3, S, S], already flipped, uniforms: float32 [..., num_uniforms] uniform in [0, 1), both on any
-    device. Returns [..., 3, S, S], normalized, on the device of this module. Float images come from `pil_recipe` and
+    images: uint8 [..., B, 3, S, S], already flipped; uniforms: float32 [..., B, num_uniforms] uniform in [0, 1); on any
+    device. Returns [..., B, 3, S, S], normalized, on the device of this module. Float images come from `pil_recipe` and
     are already augmented.
     blur: whether to blur (the authors do not at 32 pixels); dtype, memory_format: of the result.
-    Computes in float32, but in float16 for a 16-bit result on a GPU, where memory traffic takes the time: it is off by
-    0.04 gray levels on average (photos), at most about one, less than bfloat16's rounding of the result.
+    Computes in float32, but in float16 for a 16-bit result on a GPU, where memory traffic takes the time: that is off
+    by 0.04 gray levels on average (photos) and by one or so at most; bfloat16 rounds the result by 0.15 on average.
     """
 
     num_uniforms = 11
@@ -69,7 +69,7 @@ class Augment(nn.Module):
 
     def augmented(self, images, uniforms):
         """[B, 3, S, S], [B, num_uniforms] -> [B, 3, S, S]"""
-        dtype = torch.float16 if images.is_cuda and self.dtype != torch.float32 else torch.float32
+        dtype = torch.float16 if images.is_cuda and self.dtype.itemsize == 2 else torch.float32
         # Contiguous channels, since most operations are per channel.
         images = images.to(dtype, memory_format=torch.contiguous_format) / 255
         order, factors = jitter_parameters(uniforms[:, :9])

@@ -35,8 +35,8 @@ def launch(main_worker, args):
     - `--world-size N --rank R` alone: this process is rank R of N;
     - else a single process, on `--gpu`, on the only GPU, or on the CPU.
 
-    All end with one line and exit code 2 after an InputError, with `STOPPED` after a Stopped, and with 1 if a process
-    has died.
+    All end with one line and exit code 2 after an InputError, with `STOPPED` after a Stopped, with 1 if a process has
+    died, and with one traceback and 1 after any other error.
     """
     try:
         _check_flags(args)
@@ -193,7 +193,8 @@ def _start(main_worker, args, rank=0, world_size=1, url=None):
             text = re.sub(r"^\[\S*\] ", "", text).split(". ")[0]        # without the C++ line and the advice
             _fail(f"another rank has ended ({text}), so the run stops; --resume auto with the same command continues "
                   "from the last save", 1, lost=True)
-        traceback.print_exc()
+        if _is_first_to_fail(lost=False):
+            traceback.print_exc()
         _end(1)
     if stopped:
         sys.exit(STOPPED)

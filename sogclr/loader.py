@@ -253,13 +253,14 @@ class Loader:
     """Batches on the device, made by worker processes, one epoch at a time: `for ... in loader.epoch(e)`.
 
     batches: `TwoViewBatches` or `LabeledBatches`, whose last item, indices or labels, stays on the host; batch_size:
-    global; workers: processes on this machine, over all its ranks; order: `EpochSampler`'s seed, shuffle, drop_last.
+    global; workers: processes on this machine, over all its ranks; keep_workers: from epoch to epoch, else they end
+    with each; order: `EpochSampler`'s seed, shuffle, drop_last.
     """
 
     MOST_BAD = 0.01     # fraction of a rank's images in an epoch; more stop the run even if skipped
     MOST_WARNINGS = 20
 
-    def __init__(self, batches, batch_size, workers, device, **order):
+    def __init__(self, batches, batch_size, workers, device, keep_workers=False, **order):
         self.sampler = EpochSampler(len(batches), batch_size, **order)
         self.num_images, self.device = len(batches), device
         self.skipped, self.warned = set(), set()        # indices and lines that have been reported
@@ -272,7 +273,7 @@ class Loader:
             # Not the default: spawn in a rank that was spawned, forkserver from Python 3.14 on. Such a worker imports
             # torch and copies the list of files; a forked one shares both, and never touches the GPU.
             multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
-            persistent_workers=workers > 0)
+            persistent_workers=workers > 0 and keep_workers)
         self.ahead = workers * (self.loader.prefetch_factor or 0)       # batches that workers may have ready
 
     def __len__(self):

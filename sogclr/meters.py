@@ -51,7 +51,7 @@ class Progress:
         self.step_time, self.data_time = AverageMeter("Time"), AverageMeter("Data")
         self.done = 0
         self.start = self.now = time.perf_counter()
-        self.before = 0, self.start, 0.0        # what the speed excludes: steps, their end, seconds of waiting for data
+        self.before = 0, self.start, 0.0        # what does not count: steps, their end, seconds of waiting for data
         self.live = sys.stdout.isatty()
 
     def __iter__(self):
@@ -63,15 +63,15 @@ class Progress:
     def step_done(self):
         """Call after each step."""
         now = time.perf_counter()
+        if self.done in (1, self.skip):     # this is the first step that counts; until there are `skip`, the second is
+            self.before = self.done, self.now, self.data_time.sum - self.data_time.value
         self.step_time.update(now - self.now)
         self.now = now
         self.done += 1
-        if self.done in (1, self.skip):
-            self.before = self.done, now, self.data_time.sum
 
     def counted(self):
-        """Steps, their seconds, and of these the seconds of waiting for data; of all steps as long as none counts."""
-        steps, end, waited = self.before if self.done > self.before[0] else (0, self.start, 0.0)
+        """The steps that count, their seconds, and of these the seconds of waiting for data."""
+        steps, end, waited = self.before
         return max(self.done - steps, 1), max(self.now - end, 1e-9), self.data_time.sum - waited
 
     @property

@@ -31,8 +31,8 @@ class SyncBatchNorm(_BatchNorm):
     """BatchNorm of the global batch: W ranks with b images each normalize as one rank with W b images.
 
     torch's SyncBatchNorm lets ranks have different numbers of images, for which the host waits for the GPU three times
-    per layer, and it needs GPUs. Here the numbers are equal, so that nothing waits: a layer costs one collective
-    forward and one backward. Parameters, buffers and state dict are BatchNorm's; it must track running statistics, and
+    per layer, and it needs GPUs. Here the numbers are equal, so that nothing waits: a call costs one collective forward
+    and one backward. Parameters, buffers and state dict are BatchNorm's; it must track running statistics, and
     `momentum` must be a number.
     """
 
@@ -85,7 +85,8 @@ class _NormalizeOnGPU(torch.autograd.Function):
         grad, affine = _dense(grad), weight is not None
         *sums, weight_grad, bias_grad = torch.batch_norm_backward_reduce(
             grad, x, mean, invstd, weight, True, affine, affine)
-        # Not those of weight and bias, which DDP reduces; the kernel returns some even if there are none.
+        # Only these sums cross ranks: DDP averages the gradients of weight and bias. The kernel returns some even if
+        # the layer has neither.
         x_grad = torch.batch_norm_backward_elemt(
             grad, x, mean, invstd, weight, *all_reduce_sum(torch.stack(sums)), counts)
         return x_grad, *((weight_grad, bias_grad) if affine else (None, None)), None, None, None, None

@@ -49,7 +49,8 @@ def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, n
     assert same(load(tmp_path / "straight"), load(tmp_path / "cut"))
 
 
-# In the second step raises an error, and at the end of the process, before torch does anything, counts the workers.
+# train.py with an error in its second step; it prints how many workers are left when the process ends, before torch ends
+# them itself.
 FAILS = """
 import atexit, multiprocessing, sys, train
 from sogclr import InputError
@@ -71,7 +72,8 @@ def test_an_error_leaves_no_worker(error, code, imagenet, tmp_path):
     command = [PYTHON, "-c", FAILS.format(error=error), "--data", imagenet, *TINY, "--save_dir", tmp_path]
     alone = run(*command, "--workers", 2, code=code)
     assert alone[0].endswith("\n0 workers\n")
-    ranked = run(*command, "--seed", 2, code=code, TORCHELASTIC_RUN_ID="1", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0",
+    ranked = run(*command, "--seed", 2, code=code,      # a seed of its own gives it a folder of its own
+                 TORCHELASTIC_RUN_ID="1", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0",
                  MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
     assert "workers" not in ranked[0]
     for _, text in (alone, ranked):

@@ -18,10 +18,10 @@ COLLECTIVES = "all_reduce", "all_gather_into_tensor", "all_gather_single"
 
 
 class Kernels:
-    """The kernels that torch has only for GPUs, in formulas."""
+    """The kernels that torch has only for GPUs, in formulas. x: [b, C, H, W] or [b, C]."""
 
     def batch_norm_stats(x, eps):
-        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        var, mean = torch.var_mean(x.transpose(0, 1).flatten(1), 1, correction=0)
         return mean, (var + eps)**-0.5
 
     def batch_norm_gather_stats_with_counts(x, means, invstds, running_mean, running_var, momentum, eps, counts):
@@ -33,19 +33,20 @@ class Kernels:
         return mean, (var + eps)**-0.5
 
     def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
-        x = (x - mean[:, None, None]) * invstd[:, None, None]
-        return x if weight is None else x * weight[:, None, None] + bias[:, None, None]
+        x = (x.transpose(1, -1) - mean) * invstd
+        return (x if weight is None else x * weight + bias).transpose(1, -1)
 
     def batch_norm_backward_reduce(grad, x, mean, invstd, weight, of_input, of_weight, of_bias):
         assert (of_input, of_weight, of_bias) == (True, weight is not None, weight is not None)
-        total, product = grad.sum((0, 2, 3)), (grad * (x - mean[:, None, None])).sum((0, 2, 3))
-        return total, product, product * invstd, total
+        grad, x = (values.transpose(1, -1).flatten(0, -2) for values in (grad, x))
+        total, product = grad.sum(0), (grad * (x - mean)).sum(0)
+        return total, product, product * invstd, total      # the last two also if there is no weight
 
     def batch_norm_backward_elemt(grad, x, mean, invstd, weight, total, product, counts):
         assert counts.dtype == torch.int32
-        mean, invstd, total, product = (values[:, None, None] for values in (mean, invstd, total, product))
-        scale = invstd if weight is None else invstd * weight[:, None, None]
-        return scale * (grad - total / counts.sum() - (x - mean) * invstd**2 * product / counts.sum())
+        grad, x = grad.transpose(1, -1), x.transpose(1, -1)
+        grad = grad - total / counts.sum() - (x - mean) * invstd**2 * product / counts.sum()
+        return ((1 if weight is None else weight) * invstd * grad).transpose(1, -1)
 
 
 def simclr(rank, world):
@@ -66,16 +67,16 @@ def simclr(rank, world):
     return [*record, *(buffer.double() for buffer in model.buffers())], list(model.state_dict())
 
 
-def layer(rank, world, kernels=None, affine=True):
+def layer(rank, world, kernels=None, last=False):
     """A layer's output, gradients and running statistics, with the GPU's code if there are kernels for it; and the
-    collectives forward and backward.
+    collectives forward and backward. last: like the projection head's last layer.
     """
     torch.manual_seed(1)
-    norm = nn.BatchNorm2d(5, affine=affine).double()
-    if affine:
-        nn.init.normal_(norm.weight)
+    norm, shape = (nn.BatchNorm1d(5, affine=False), ()) if last else (nn.BatchNorm2d(5), (3, 4))
+    for p in norm.double().parameters():
+        nn.init.normal_(p)
     local = slice(rank * B // world, (rank + 1) * B // world)
-    x, grad = torch.randn(2, B, 5, 3, 4, dtype=torch.float64)[:, local]
+    x, grad = torch.randn(2, B, 5, *shape, dtype=torch.float64)[:, local]
     x = (3 + 2 * x).requires_grad_()
     if world > 1:
         norm.__class__ = SyncBatchNorm
@@ -104,9 +105,9 @@ def worker(rank, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     record = {"simclr": simclr(rank, world)}
-    for affine in (True, False):
-        record["CPU", affine] = layer(rank, world, None, affine)
-        record["GPU", affine] = layer(rank, world, Kernels, affine)
+    for last in (True, False):
+        record["CPU", last] = layer(rank, world, None, last)
+        record["GPU", last] = layer(rank, world, Kernels, last)
     torch.save(record, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -133,12 +134,12 @@ def test_split_batch_equals_whole_batch(ranks):
             assert_equal(a, b)
 
 
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("device", ["CPU", "GPU"])
-def test_layer_equals_that_of_the_whole_batch(device, affine, ranks):
+def test_layer_equals_that_of_the_whole_batch(device, last, ranks):
     """To 1e-10, in one collective forward and one backward. The GPU's code runs here with its kernels in formulas."""
-    (y, x_grad, *grads, mean, var), _ = layer(0, 1, None, affine)
-    ours = [record[device, affine][0] for record in ranks]
+    (y, x_grad, *grads, mean, var), _ = layer(0, 1, None, last)
+    ours = [record[device, last][0] for record in ranks]
     assert_equal(torch.cat([values[0] for values in ours]), y)
     assert_equal(torch.cat([values[1] for values in ours]), x_grad)
     for k, grad in enumerate(grads, 2):     # of weight and bias, which DDP adds up
@@ -147,6 +148,6 @@ def test_layer_equals_that_of_the_whole_batch(device, affine, ranks):
         assert_equal(our_mean, mean)
         assert_equal(our_var, var)
     for record in ranks:
-        forward, backward = record[device, affine][1]
+        forward, backward = record[device, last][1]
         assert len(forward) == 1
         assert backward == ["all_reduce"]

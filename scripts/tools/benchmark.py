@@ -12,6 +12,7 @@ repeats, because machines are noisy. Tables are in Markdown; --json FILE also wr
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -37,7 +38,7 @@ from sogclr.report import environment_info
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler logs to stderr otherwise
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMAGENET_IMAGES, CROP_MIN = 1_281_167, 0.08
-COUNTED = 40 if DEVICE.type == "cuda" else 8        # steps in an epoch
+COUNTED = 40 if DEVICE.type == "cuda" else 8        # steps, if there are as many images
 FLOOR = "floor: encoder alone"
 CASES = [("resnet50", 224, 256), ("resnet50", 224, 64), ("resnet18", 32, 512), ("resnet18", 32, 64)]     # of `all`
 CPU_CASES = [("resnet18", 64, 64), ("resnet18", 32, 64)]
@@ -58,17 +59,24 @@ def timed(function, batches, skip=0):
     return 1000 * (time.perf_counter() - start) / calls
 
 
-def compare(variants, repeats, pairs, ratios):
+def timed_with(loader, function):
+    """The same for a loader's batches, COUNTED at most, not counting those that its workers prepare ahead."""
+    skip = loader.ahead + 1
+    return timed(function, itertools.islice(loader.epoch(0), skip + COUNTED), skip)
+
+
+def compare(variants, repeats, batch_size, ratios, speed="pairs/s"):
     """Interleave the variants, {name: function that returns a time in ms}, and return a row of medians for each.
 
-    pairs: of images, in such a time; ratios: {column: function of a variant's time and of all times in its repeat}.
+    batch_size: what takes such a time; ratios: {column: function of a variant's time and of all times in its repeat};
+    speed: its column.
     """
     runs = [{name: function() for name, function in variants.items()} for _ in range(1 + repeats)][1:]      # warmed up
     rows = []
     for name in variants:
         ms = statistics.median(run[name] for run in runs)
         # Ratios are taken within a repeat, where a slow spell of the machine cancels out.
-        rows.append({"what": name, "ms": ms, "pairs/s": 1000 * pairs / ms} | {
+        rows.append({"what": name, "ms": ms, speed: 1000 * batch_size / ms} | {
             column: statistics.median(ratio(run[name], run) for run in runs) for column, ratio in ratios.items()})
     return rows
 
@@ -228,15 +236,14 @@ def benchmark_train(args):
     data = open_data_set("folder", args.data, "train", args.image_size, labels=False)
     loader, plain_loader = (new_loader(two_views(data, pil), args) for pil in (False, True))
     training, plain = Training(args, data), PlainTraining(args, data)
-    steps, skip = len(loader), loader.ahead + 1
-    variants = {FLOOR: lambda: timed(training.floor, [()] * (steps - skip)),
-                "full step": lambda: timed(training.full_step, [()] * (steps - skip)),
-                "full step and loader": lambda: timed(training.step, loader.epoch(0), skip),
-                "plain recipe and loader": lambda: timed(plain.step, plain_loader.epoch(0), skip)}
+    variants = {FLOOR: lambda: timed(training.floor, [()] * COUNTED),
+                "full step": lambda: timed(training.full_step, [()] * COUNTED),
+                "full step and loader": lambda: timed_with(loader, training.step),
+                "plain recipe and loader": lambda: timed_with(plain_loader, plain.step)}
     rows = compare(variants, args.repeats, args.batch_size, {
         "% of floor's speed": lambda ms, run: 100 * run[FLOOR] / ms,
         "times the plain recipe": lambda ms, run: run["plain recipe and loader"] / ms})
-    describe(args, training.precision, rows[2]["pairs/s"], loader)
+    describe(args, training.precision, rows[2]["pairs/s"])
     return rows
 
 
@@ -260,36 +267,36 @@ def benchmark_lincls(args):
         optimizer.step()
 
     resident = resident_views(args.batch_size, args.image_size)[0][0], torch.zeros(args.batch_size, dtype=torch.int64)
-    skip = loader.ahead + 1
-    rows = compare({"step": lambda: timed(step, [resident] * (len(loader) - skip)),
-                    "step and loader": lambda: timed(step, loader.epoch(0), skip)}, args.repeats, args.batch_size, {})
-    describe(args, precision, None, loader)
-    return [{"images/s" if key == "pairs/s" else key: value for key, value in row.items()} for row in rows]
+    describe(args, precision)
+    return compare({"step": lambda: timed(step, [resident] * COUNTED),
+                    "step and loader": lambda: timed_with(loader, step)}, args.repeats, args.batch_size, {}, "images/s")
 
 
 def benchmark_all(args):
-    """Measure steps of several networks, and training and evaluation of the first one: {mode: rows}."""
-    rows, cases = [], CASES if DEVICE.type == "cuda" else CPU_CASES
-    for arch, image_size, batch_size in cases:
-        one = {row["what"]: row for row in benchmark_step(with_case(args, arch, image_size, batch_size))}
+    """Measure training and evaluation of one network, and steps of several: {mode: rows}."""
+    cases = [dict(zip(("arch", "image_size", "batch_size"), case, strict=True))
+             for case in (CASES if DEVICE.type == "cuda" else CPU_CASES)]
+    first = with_flags(args, **cases[0])
+    tables = {"train": benchmark_train(first), "lincls": benchmark_lincls(first), "step": []}
+    for case in cases:
+        one = {row["what"]: row for row in benchmark_step(with_flags(args, **case))}
         full = one["full step"]
-        rows.append({"step": f"{arch}, {image_size} px, batch {batch_size}", "encoder alone, ms": one[FLOOR]["ms"],
-                     "full step, ms": full["ms"], "pairs/s": full["pairs/s"], "peak MiB": full.get("peak MiB"),
-                     **{f"{part}, ms": one[f"of which {part}"]["ms"] for part in ("augment", "loss", "LARS")}})
-    args = with_case(args, *cases[0])
-    return {"step": rows, "train": benchmark_train(args), "lincls": benchmark_lincls(args)}
+        tables["step"].append({
+            "step": "{arch}, {image_size} px, batch {batch_size}".format(**case), "encoder alone, ms": one[FLOOR]["ms"],
+            "full step, ms": full["ms"], "pairs/s": full["pairs/s"], "peak MiB": full.get("peak MiB"),
+            **{f"{part}, ms": one[f"of which {part}"]["ms"] for part in ("augment", "loss", "LARS")}})
+    return tables
 
 
 def benchmark_data(args):
     """Measure the whole recipe by PIL in the workers, and its two halves: uint8 crops there, color on the device."""
     data = open_data_set("folder", args.data, "train", 224, labels=False)
-    args = argparse.Namespace(**vars(args) | {"batch_size": 8})
+    args = with_flags(args, batch_size=8)
     color, views = Augment(data.mean, data.std, data.blur).to(DEVICE), resident_views(args.batch_size, 224)
 
     def epoch_of(workers, pil=False):
-        args.workers = workers
-        loader = new_loader(two_views(data, pil), args, torch.device("cpu"))
-        return lambda: timed(lambda *_: None, loader.epoch(0), loader.ahead + 1)
+        loader = new_loader(two_views(data, pil), with_flags(args, workers=workers), torch.device("cpu"))
+        return lambda: timed_with(loader, lambda *_: None)
 
     return compare({"PIL recipe, 1 worker": epoch_of(1, pil=True),
                     "uint8 crops, 1 worker": epoch_of(1), "uint8 crops, 2 workers": epoch_of(2),
@@ -297,8 +304,8 @@ def benchmark_data(args):
                    args.repeats, args.batch_size, {"times PIL": lambda ms, run: run["PIL recipe, 1 worker"] / ms})
 
 
-def with_case(args, arch, image_size, batch_size):
-    return argparse.Namespace(**vars(args) | {"arch": arch, "image_size": image_size, "batch_size": batch_size})
+def with_flags(args, **flags):
+    return argparse.Namespace(**vars(args) | flags)
 
 
 def two_views(data, pil):
@@ -307,20 +314,19 @@ def two_views(data, pil):
 
 
 def new_loader(batches, args, device=None):
-    """Return a loader of the first images, for at most COUNTED steps after those that its workers prepare ahead."""
-    loader = Loader(batches, args.batch_size, args.workers, device or DEVICE, shuffle=True, drop_last=True)
+    """Return a loader with enough batches to count some after those that its workers prepare ahead."""
+    loader = Loader(batches, args.batch_size, args.workers, device or DEVICE, keep_workers=True,
+                    shuffle=True, drop_last=True)
     least = loader.ahead + 3
     if len(loader) < least:
         raise InputError(f"--data {args.data}: its {len(batches)} images are fewer than {least} batches of "
                          f"{args.batch_size}, give more (links to the same ones will do), or fewer --workers")
-    loader.sampler.num_images = min(len(batches), (loader.ahead + 1 + COUNTED) * args.batch_size)
     return loader
 
 
-def describe(args, precision, pairs_per_second=None, loader=None):
+def describe(args, precision, pairs_per_second=None):
     """Print what was measured and, if it is the ImageNet-1K recipe's network and image size, the hours it takes."""
-    print(f"{args.arch} at {args.image_size} pixels, batch {args.batch_size}, {precision}"
-          + (f"; {len(loader)} steps per repeat, the first {loader.ahead + 1} not counted" if loader else ""))
+    print(f"{args.arch} at {args.image_size} pixels, batch {args.batch_size}, {precision}")
     if pairs_per_second and (args.arch, args.image_size) == ("resnet50", 224) and args.stem != "cifar":
         hours = IMAGENET_IMAGES / pairs_per_second / 3600
         print(f"extrapolated: {IMAGENET_IMAGES:,} images at {pairs_per_second:.1f} pairs/s are {100 * hours:.1f} hours "
