@@ -301,9 +301,11 @@ def train(evaluation):
                 scaler.step(optimizer)
                 scaler.update()
 
-                for (average, top1), output, loss in zip(meters, outputs, losses, strict=True):
-                    average.update(loss.detach())
-                    top1.update(100 * correct_in_top(output, target, (1,))[0] / max(len(target), 1), len(target))
+                hits = torch.stack([correct_in_top(output, target, (1,))[0] for output in outputs])
+                totals = torch.stack([torch.stack(losses).detach() / world_size(), 100 * hits / batch])
+                for (average, top1), loss, acc1 in zip(meters, *all_reduce_sum(totals), strict=True):
+                    average.update(loss)
+                    top1.update(acc1, batch)
                 progress.step_done()
                 if step % args.print_freq == 0:
                     log(progress.line(*meters[shown], f"LR {lrs[shown]:.4g}" + which), live=progress.live)

@@ -49,8 +49,7 @@ def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, n
     assert same(load(tmp_path / "straight"), load(tmp_path / "cut"))
 
 
-# train.py with an error in its second step; it prints how many workers are left when the process ends, before torch ends
-# them itself.
+# train.py with an error in its second step. It prints how many workers are left at the end, before torch ends them.
 FAILS = """
 import atexit, multiprocessing, sys, train
 from sogclr import InputError

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import PYTHON, ROOT, TINY, call, load, newest, run, two_ranks
+from helpers import PYTHON, ROOT, TINY, call, load, losses, newest, run, two_ranks
 
 import lincls
 import train
@@ -19,10 +19,12 @@ def test_two_ranks_train_the_classifiers_of_one(features, pretrained, imagenet, 
     command = ["--data", imagenet, *TINY, "--pretrained", newest(pretrained[1], "checkpoint_0001.pth.tar"),
                "--epochs", 3, "--seed", 1, "--lr", 0.1, 0.5, "--batch-size", 7, "--train-percent", 62.5,
                "--features", features]
-    call(lincls, *command, "--save_dir", tmp_path / "one")
+    one = losses(call(lincls, *command, "--save_dir", tmp_path / "one"))
     with two_ranks(lincls, *command, "--save_dir", tmp_path / "two") as (first, second):
-        first.end()
+        two = losses(first.end()[0].splitlines())
         assert second.end() == ("", "")         # one log
+    assert len(one) == 9
+    assert [float(loss) for loss in two] == pytest.approx([float(loss) for loss in one], abs=2e-4)
     assert json.loads(newest(tmp_path / "two", "results.json").read_text())["ranks"] == 2
     subsets = [newest(tmp_path / name, "train_subset.txt").read_text() for name in ("one", "two")]
     assert subsets[0] == subsets[1]

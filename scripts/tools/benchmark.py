@@ -38,7 +38,7 @@ from sogclr.report import environment_info
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler logs to stderr otherwise
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMAGENET_IMAGES, CROP_MIN = 1_281_167, 0.08
-COUNTED = 40 if DEVICE.type == "cuda" else 8        # steps, if there are as many images
+COUNTED = 40 if DEVICE.type == "cuda" else 4        # steps, if there are as many images
 FLOOR = "floor: encoder alone"
 CASES = [("resnet50", 224, 256), ("resnet50", 224, 64), ("resnet18", 32, 512), ("resnet18", 32, 64)]     # of `all`
 CPU_CASES = [("resnet18", 64, 64), ("resnet18", 32, 64)]
@@ -219,8 +219,8 @@ def benchmark_step(args):
         graphed = Training(args, data)
         graphed.index = graphed.index.to(DEVICE)        # a graph can neither copy it from the host nor check it there
         variants["full step as a CUDA graph"] = captured(graphed.full_step)
-    # Ten calls in a row, because training keeps a GPU's queue full.
-    rows = compare({name: (lambda call=call: timed(call, [()] * 10)) for name, call in variants.items()},
+    calls = [()] * (10 if DEVICE.type == "cuda" else 1)     # training keeps a GPU's queue full
+    rows = compare({name: (lambda call=call: timed(call, calls)) for name, call in variants.items()},
                    args.repeats, args.batch_size, {"% of floor": lambda ms, run: 100 * ms / run[FLOOR]})
     describe(args, ours.precision, rows[1]["pairs/s"])
     for row in rows:
@@ -272,20 +272,17 @@ def benchmark_lincls(args):
                     "step and loader": lambda: timed_with(loader, step)}, args.repeats, args.batch_size, {}, "images/s")
 
 
-def benchmark_all(args):
-    """Measure training and evaluation of one network, and steps of several: {mode: rows}."""
-    cases = [dict(zip(("arch", "image_size", "batch_size"), case, strict=True))
-             for case in (CASES if DEVICE.type == "cuda" else CPU_CASES)]
-    first = with_flags(args, **cases[0])
-    tables = {"train": benchmark_train(first), "lincls": benchmark_lincls(first), "step": []}
-    for case in cases:
-        one = {row["what"]: row for row in benchmark_step(with_flags(args, **case))}
-        full = one["full step"]
-        tables["step"].append({
-            "step": "{arch}, {image_size} px, batch {batch_size}".format(**case), "encoder alone, ms": one[FLOOR]["ms"],
-            "full step, ms": full["ms"], "pairs/s": full["pairs/s"], "peak MiB": full.get("peak MiB"),
-            **{f"{part}, ms": one[f"of which {part}"]["ms"] for part in ("augment", "loss", "LARS")}})
-    return tables
+def benchmark_steps(args):
+    """Measure the steps of all cases."""
+    rows = []
+    for case in cases():
+        of = {row["what"]: row for row in benchmark_step(with_flags(args, **case))}
+        full = of["full step"]
+        rows.append({"step": "{arch}, {image_size} px, batch {batch_size}".format(**case),
+                     "encoder alone, ms": of[FLOOR]["ms"], "full step, ms": full["ms"], "pairs/s": full["pairs/s"],
+                     "peak MiB": full.get("peak MiB"),
+                     **{f"{part}, ms": of[f"of which {part}"]["ms"] for part in ("augment", "loss", "LARS")}})
+    return rows
 
 
 def benchmark_data(args):
@@ -302,6 +299,12 @@ def benchmark_data(args):
                     "uint8 crops, 1 worker": epoch_of(1), "uint8 crops, 2 workers": epoch_of(2),
                     "color on the device": lambda: timed(lambda: color(*views), [()] * 4)},
                    args.repeats, args.batch_size, {"times PIL": lambda ms, run: run["PIL recipe, 1 worker"] / ms})
+
+
+def cases():
+    """Of `all`, as flags."""
+    return [dict(zip(("arch", "image_size", "batch_size"), case, strict=True))
+            for case in (CASES if DEVICE.type == "cuda" else CPU_CASES)]
 
 
 def with_flags(args, **flags):
@@ -341,16 +344,18 @@ def table(rows):
     lines = [list(rows[0]), *([what, *map(cell, figures)] for what, *figures in map(dict.values, rows))]
     first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
     lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in widths)])
+    print()
     for what, *figures in lines:
-        print("|", " | ".join([what.ljust(first), *map(str.rjust, figures, widths)]), "|")
+        print("|", " | ".join([what.ljust(first), *map(str.rjust, figures, widths)]), "|", flush=True)
+    print()
 
 
 def main():
-    gpu, modes = DEVICE.type == "cuda", {"all": benchmark_all, "step": benchmark_step, "train": benchmark_train,
+    gpu, modes = DEVICE.type == "cuda", {"all": None, "step": benchmark_step, "train": benchmark_train,
                                          "lincls": benchmark_lincls, "data": benchmark_data}
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("mode", choices=tuple(modes), help="what to measure")
-    parser.add_argument("--data", metavar="DIR", help="for all but step: a folder of images")
+    parser.add_argument("--data", metavar="DIR", help="a folder of images, which step does without")
     parser.add_argument("--repeats", type=number(int, "[1, inf)"), default=3, metavar="N", help="of each measurement")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--cuda-graph", action="store_true", help="for step: measure it as a CUDA graph, too")
@@ -371,14 +376,18 @@ def main():
     commit = (machine["commit"] or "unknown")[:7] + " with changes" * (machine["clean"] is False)
     print(f"{machine['device']}, {available_cores()} CPU cores, {machine['threads']} threads, torch "
           f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}, commit {commit}")
+    tables, functions = {}, {args.mode: modes[args.mode]}
+    if args.mode == "all":      # training and evaluation of the first case
+        args = with_flags(args, **cases()[0])
+        functions = {"train": benchmark_train, "lincls": benchmark_lincls, "step": benchmark_steps}
     try:
-        tables = modes[args.mode](args)
+        for mode, function in functions.items():
+            tables[mode] = function(args)
+            table(tables[mode])
     except InputError as error:
         parser.error(str(error))
-    tables = tables if args.mode == "all" else {args.mode: tables}
-    for rows in tables.values():
-        print()
-        table(rows)
+    except KeyboardInterrupt:
+        sys.exit(130)
     if args.json:
         args.json.write_text(json.dumps({**machine, "tables": tables}, indent=2) + "\n")
 
