@@ -36,7 +36,7 @@ def extract(encode, loader, dtype, on_all_ranks=False):
     rows = len(loader) * (batch_size if on_all_ranks else -(-batch_size // world_size()))      # at most
     labels = torch.empty(rows, dtype=torch.int64, device=loader.device)
     for images, target in loader.epoch(0):
-        output, target = encode(images).to(dtype), target.to(loader.device)
+        output, target = encode(images).to(dtype), target.to(loader.device, non_blocking=True)
         if on_all_ranks:
             output, target = gather(output), gather(target)
         if features is None:

@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sogclr import augment
 from sogclr.augment import Augment
 from sogclr.builder import SimCLR, resnet
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, alignment_and_uniformity
@@ -63,17 +64,23 @@ def test_loss(loss_type, temperature, fake_gpu, monkeypatch):
     assert all(value.shape == () and value.device.type == "cuda" for value in shown)
 
 
+@pytest.mark.parametrize(("dtype", "computed_in"), [(torch.bfloat16, torch.float16), (torch.float32, torch.float32)])
 @pytest.mark.parametrize("blur", [False, True])
-def test_augmentation(blur, fake_gpu):
-    """With crops on the host or on the GPU; in hardly more operations than now, since they bound small batches."""
-    stage = Augment((0.5,) * 3, (0.2,) * 3, blur, torch.bfloat16, torch.channels_last).to("cuda")
+def test_augmentation(blur, dtype, computed_in, fake_gpu, monkeypatch):
+    """With crops on the host or on the GPU; both views in hardly more operations than now, since they bound small
+    batches; in half precision if the result is.
+    """
+    seen, grayscale = [], augment.grayscale
+    monkeypatch.setattr(augment, "grayscale", lambda images: seen.append(images.dtype) or grayscale(images))
+    stage = Augment((0.5,) * 3, (0.2,) * 3, blur, dtype, torch.channels_last).to("cuda")
     for device in ("cpu", "cuda"):
         crops = torch.zeros(2, B, 3, 32, 32, dtype=torch.uint8, device=device)
         uniforms = torch.rand(2, B, Augment.num_uniforms, device=device)
         fake_gpu.names.clear()
         views = stage(crops, uniforms)
-        assert len(fake_gpu.names) <= 120 + 50 * blur
-        assert (views.shape, views.dtype, views.device.type) == (crops.shape, torch.bfloat16, "cuda")
+        assert len(fake_gpu.names) <= 120 + 30 * blur
+        assert (views.shape, views.dtype, views.device.type) == (crops.shape, dtype, "cuda")
+    assert set(seen) == {computed_in}
 
 
 def test_lars(fake_gpu):
