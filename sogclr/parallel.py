@@ -3,10 +3,11 @@
 import inspect
 
 import torch
+import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from sogclr.distributed import all_gather, all_reduce_sum, gather_with_gradient, world_size
+from sogclr.distributed import all_gather, all_reduce_sum, world_size
 
 
 def data_parallel(model, device):
@@ -44,50 +45,33 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(x)
         self.num_batches_tracked.add_(1)
-        normalize = _NormalizeOnGPU.apply if x.is_cuda else _normalize_on_cpu
-        return normalize(x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps)
+        return _Normalize.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps)
 
 
-def _normalize_on_cpu(x, weight, bias, running_mean, running_var, momentum, eps):
-    """Normalize by the mean and variance per channel of all ranks' x, and update the running statistics."""
-    def per_channel(values):
-        return values.view(-1, *[1] * (x.ndim - 2))
-
-    dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, running_mean.dtype))
-    local_var, local_mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
-    means, variances = gather_with_gradient(torch.stack([local_mean, local_var])[None]).unbind(1)       # [W, C] each
-    mean = means.mean(0)
-    var = (variances + (means - mean).square()).mean(0)
-    with torch.no_grad():
-        count = world_size() * x.numel() // x.shape[1]
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(var * count / (count - 1), momentum)
-    x = (x - per_channel(mean)) * per_channel((var + eps).rsqrt())
-    return (x if weight is None else torch.addcmul(per_channel(bias), x, per_channel(weight))).to(dtype)
-
-
-class _NormalizeOnGPU(torch.autograd.Function):
-    """`_normalize_on_cpu` by the kernels of torch's SyncBatchNorm."""
+class _Normalize(torch.autograd.Function):
+    """Normalize by all ranks' mean and variance per channel and update the running ones, by the kernels of torch's
+    SyncBatchNorm.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
-        x = _dense(x)
+        x, kernels = _dense(x), torch if x.is_cuda else _CPUKernels
         counts = running_mean.new_full((world_size(),), x.numel() // x.shape[1])
-        local = torch.stack(torch.batch_norm_stats(x, eps))     # mean and 1 / standard deviation, [2, C]
-        mean, invstd = torch.batch_norm_gather_stats_with_counts(
+        local = torch.stack(kernels.batch_norm_stats(x, eps))       # mean and 1 / standard deviation, [2, C]
+        mean, invstd = kernels.batch_norm_gather_stats_with_counts(
             x, *all_gather(local[None]).unbind(1), running_mean, running_var, momentum, eps, counts)
         ctx.save_for_backward(x, weight, mean, invstd, counts.int())
-        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
+        return kernels.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, mean, invstd, counts = ctx.saved_tensors
-        grad, affine = _dense(grad), weight is not None
-        *sums, weight_grad, bias_grad = torch.batch_norm_backward_reduce(
+        grad, affine, kernels = _dense(grad), weight is not None, torch if x.is_cuda else _CPUKernels
+        *sums, weight_grad, bias_grad = kernels.batch_norm_backward_reduce(
             grad, x, mean, invstd, weight, True, affine, affine)
         # Only these sums cross ranks: DDP averages the gradients of weight and bias. The kernel returns some even if
         # the layer has neither.
-        x_grad = torch.batch_norm_backward_elemt(
+        x_grad = kernels.batch_norm_backward_elemt(
             grad, x, mean, invstd, weight, *all_reduce_sum(torch.stack(sums)), counts)
         return x_grad, *((weight_grad, bias_grad) if affine else (None, None)), None, None, None, None
 
@@ -95,3 +79,36 @@ class _NormalizeOnGPU(torch.autograd.Function):
 def _dense(x):
     """x in one of the two memory formats of the kernels."""
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+class _CPUKernels:
+    """What the kernels of these names do, which torch has only for GPUs. x, grad: [b, C, ...]; counts: [W] values per
+    channel; means, invstds: [W, C]; all others: [C].
+    """
+
+    def batch_norm_stats(x, eps):
+        unused = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))      # set the precision
+        mean, var = torch.batch_norm_update_stats(x, *unused, 0)
+        return mean, (var + eps).rsqrt()
+
+    def batch_norm_gather_stats_with_counts(x, means, invstds, running_mean, running_var, momentum, eps, counts):
+        mean, count = means.mean(0), counts.sum()
+        var = (invstds**-2 - eps + (means - mean).square()).mean(0)
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * count / (count - 1), momentum)
+        return mean, (var + eps).rsqrt()
+
+    def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
+        return F.batch_norm(x, mean, invstd**-2 - eps, weight, bias, eps=eps)
+
+    def batch_norm_backward_reduce(grad, x, mean, invstd, weight, *_):
+        _, product, total = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, invstd, True, 0.0, [False, True, True])
+        return total, product / invstd, product, total
+
+    def batch_norm_backward_elemt(grad, x, mean, invstd, weight, total, product, counts):
+        slope = -product * invstd**2 / counts.sum()
+        shift = -total / counts.sum() - mean * slope
+        scale = invstd if weight is None else invstd * weight
+        slope, shift, scale = (values.view(-1, *[1] * (x.ndim - 2)) for values in (slope, shift, scale))
+        return torch.addcmul(shift, x, slope).add_(grad).mul_(scale).to(x.dtype)
