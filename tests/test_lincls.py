@@ -68,6 +68,14 @@ def test_several_classifiers_are_as_many_runs(linear):
     assert results(folder, "results_checkpoint_last.json")["chosen"] == results(folder)["chosen"]
 
 
+def test_workers_start_once(linear, monkeypatch):
+    """Those of training and of validation, not anew in each of the three epochs; and once for the embedding."""
+    starts, start = [], torch.utils.data.DataLoader._get_iterator
+    monkeypatch.setattr(torch.utils.data.DataLoader, "_get_iterator", lambda data: starts.append(data) or start(data))
+    linear("--workers", 1)
+    assert len(starts) == len(set(starts)) == 3
+
+
 def test_the_authors_read_the_checkpoint_of_one(linear):
     """A single classifier's file must contain what theirs does, key for key."""
     saved = load(linear()[0])

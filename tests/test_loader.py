@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 
 def make_loader(data, seed, batch_size=6, workers=0, bad_images="stop"):
     """The loader of train.py."""
-    return Loader(TwoViewBatches(data, seed, 0.08, 11, bad_images), batch_size, workers, CPU, seed=seed, shuffle=True,
-                  drop_last=True)
+    return Loader(TwoViewBatches(data, seed, 0.08, 11, bad_images), batch_size, workers, CPU, keep_workers=True,
+                  seed=seed, shuffle=True, drop_last=True)
 
 
 def epoch_of(data, seed, epoch, workers=0):
