@@ -155,7 +155,7 @@ def main_worker(args, device):
                 criterion.gamma = gamma_at(epoch, args.gamma, settings["gamma_decay_epochs"])
             losses, gcl = AverageMeter("Loss", ".4f"), AverageMeter("GCL", ".4f")
             progress = Progress(loader, epoch, run.first_step(epoch), args.epochs, args.batch_size, skip)
-            for step, (crops, uniforms, index) in progress:     # from loader.epoch(epoch): both views of b images
+            for step, (crops, uniforms, index) in progress:     # [2, b, 3, H, W] uint8, [2, b, U], [b]
                 lr = lr_at(epoch + step / steps, peak_lr, args.epochs, args.warmup_epochs)
                 set_lr(optimizer, lr)
 

@@ -67,7 +67,7 @@ def join(url, rank, world_size, backend, device):
     except (ValueError, dist.DistStoreError, dist.DistNetworkError) as error:
         raise InputError(f"--dist-url {url}: {world_size} processes did not connect ({str(error).splitlines()[0]}); "
                          f"start all of them within {TIMEOUT_SECONDS // 60} minutes with the same address") from error
-    except RuntimeError as error:       # of NCCL or gloo, after the ranks have found each other
+    except RuntimeError as error:       # of NCCL or gloo
         raise InputError(f"--dist-backend {backend}: the processes cannot exchange data ({one_line(error)}); if it is "
                          "the network, choose its interface by GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME for GPUs); "
                          "NCCL_DEBUG=INFO prints more about GPUs") from error

@@ -351,10 +351,10 @@ def table(rows):
 
 
 def main():
-    gpu, modes = DEVICE.type == "cuda", {"all": None, "step": benchmark_step, "train": benchmark_train,
-                                         "lincls": benchmark_lincls, "data": benchmark_data}
+    gpu, modes = DEVICE.type == "cuda", {"step": benchmark_step, "train": benchmark_train, "lincls": benchmark_lincls,
+                                         "data": benchmark_data}
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=tuple(modes), help="what to measure")
+    parser.add_argument("mode", choices=("all", *modes), help="what to measure")
     parser.add_argument("--data", metavar="DIR", help="a folder of images, which step does without")
     parser.add_argument("--repeats", type=number(int, "[1, inf)"), default=3, metavar="N", help="of each measurement")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the figures to this file")
@@ -376,13 +376,15 @@ def main():
     commit = (machine["commit"] or "unknown")[:7] + " with changes" * (machine["clean"] is False)
     print(f"{machine['device']}, {available_cores()} CPU cores, {machine['threads']} threads, torch "
           f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}, commit {commit}")
-    tables, functions = {}, {args.mode: modes[args.mode]}
+    tables = {}
     if args.mode == "all":      # training and evaluation of the first case
         args = with_flags(args, **cases()[0])
-        functions = {"train": benchmark_train, "lincls": benchmark_lincls, "step": benchmark_steps}
+        modes = {"train": benchmark_train, "lincls": benchmark_lincls, "step": benchmark_steps}
+    else:
+        modes = {args.mode: modes[args.mode]}
     try:
-        for mode, function in functions.items():
-            tables[mode] = function(args)
+        for mode, benchmark in modes.items():
+            tables[mode] = benchmark(args)
             table(tables[mode])
     except InputError as error:
         parser.error(str(error))
