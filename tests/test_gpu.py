@@ -198,10 +198,10 @@ def test_sync_batch_norm_never_waits_for_the_device(tmp_path):
 
 @pytest.mark.parametrize("blur", [False, True])
 def test_half_precision_augmentation(blur):
-    """A 16-bit result is computed in float16, of noise here: off by 0.2 gray levels on average, at most by 3."""
+    """A 16-bit result is computed in float16, of noise here: off by 0.2 gray levels on average, at most by 4."""
     crops = torch.randint(0, 256, (2, 16, 3, 64, 64), dtype=torch.uint8)
     uniforms = torch.rand(2, 16, Augment.num_uniforms)
     expected = Augment((0.5,) * 3, (1 / 255,) * 3, blur)(crops, uniforms)       # in gray levels
     ours = Augment((0.5,) * 3, (1 / 255,) * 3, blur, torch.float16).cuda()(crops, uniforms).cpu()
     assert 1e-3 < (ours - expected).abs().mean() < 0.2
-    assert (ours - expected).abs().max() < 3
+    assert (ours - expected).abs().max() < 4
