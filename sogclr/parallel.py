@@ -55,7 +55,8 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
-        x, kernels = _dense(x), torch if x.is_cuda else _CPUKernels
+        x = _dense(x)
+        kernels = ctx.kernels = torch if x.is_cuda else _CPUKernels
         counts = running_mean.new_full((world_size(),), x.numel() // x.shape[1])
         local = torch.stack(kernels.batch_norm_stats(x, eps))       # mean and 1 / standard deviation, [2, C]
         mean, invstd = kernels.batch_norm_gather_stats_with_counts(
@@ -66,12 +67,12 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, mean, invstd, counts = ctx.saved_tensors
-        grad, affine, kernels = _dense(grad), weight is not None, torch if x.is_cuda else _CPUKernels
-        *sums, weight_grad, bias_grad = kernels.batch_norm_backward_reduce(
+        grad, affine = _dense(grad), weight is not None
+        *sums, weight_grad, bias_grad = ctx.kernels.batch_norm_backward_reduce(
             grad, x, mean, invstd, weight, True, affine, affine)
-        # Only these sums cross ranks: DDP averages the gradients of weight and bias. The kernel returns some even if
+        # Only these sums cross ranks: DDP averages the gradients of weight and bias, which the kernel returns even if
         # the layer has neither.
-        x_grad = kernels.batch_norm_backward_elemt(
+        x_grad = ctx.kernels.batch_norm_backward_elemt(
             grad, x, mean, invstd, weight, *all_reduce_sum(torch.stack(sums)), counts)
         return x_grad, *((weight_grad, bias_grad) if affine else (None, None)), None, None, None, None
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_parallel import LAYERS, assert_whole, layer
 from torch import nn
 
 import train
@@ -126,45 +127,19 @@ def test_step_as_a_cuda_graph():
     assert torch.allclose(eager.criterion.log_u[eager.index], graphed.criterion.log_u[graphed.index], atol=1e-2)
 
 
-def batch_norm(rank, world, kinds, device, dtype):
-    """Outputs, input gradients and running statistics of two layers on a rank's part of a batch. kinds: their types."""
-    record = []
-    layers = (nn.BatchNorm2d(64), (6, 7)), (nn.BatchNorm1d(64, affine=False), ())
-    for kind, (layer, shape) in zip(kinds, layers, strict=True):
-        torch.manual_seed(0)
-        layer.__class__ = kind
-        layer.to(device, torch.promote_types(dtype, torch.float32))
-        x, grad = torch.randn(2, 16, 64, *shape, dtype=torch.float64)[:, rank * 16 // world:(rank + 1) * 16 // world]
-        x = (1 + 2 * x).to(device, dtype)
-        x = (x.to(memory_format=torch.channels_last) if shape else x).requires_grad_()
-        y = layer(x)
-        y.backward(grad.to(device, dtype))
-        record.append([value.detach().cpu() for value in (y, x.grad, layer.running_mean, layer.running_var)])
-    return record
-
-
 def batch_norm_rank(rank, world, folder):
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(0)
     dist.init_process_group("gloo", init_method=f"file://{folder}/gloo", rank=rank, world_size=world)
-    torch.save({dtype: batch_norm(rank, world, (SyncBatchNorm, SyncBatchNorm), device, dtype)
-                for dtype in (torch.float64, torch.float32, torch.bfloat16)}, f"{folder}/{rank}.pt")
+    torch.save({case: layer(rank, world, *case, "cuda") for case in LAYERS}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_sync_batch_norm_equals_that_of_the_whole_batch(tmp_path):
-    """On two ranks over gloo on the same GPU: output, gradient, running statistics."""
+    """On two ranks over gloo on the same GPU."""
     mp.start_processes(batch_norm_rank, nprocs=2, args=(2, str(tmp_path)), start_method="spawn")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    whole = batch_norm(0, 1, (nn.BatchNorm2d, nn.BatchNorm1d), torch.device("cpu"), torch.float64)
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
-        for layer, (y, x_grad, *statistics) in enumerate(whole):
-            ours = [results[dtype][layer] for results in ranks]
-            torch.testing.assert_close(torch.cat([values[0] for values in ours]), y, **close)
-            torch.testing.assert_close(torch.cat([values[1] for values in ours]), x_grad, **close)
-            for values in ours:
-                torch.testing.assert_close(values[2:], statistics, **close)
+    for case in LAYERS:
+        assert_whole(ranks, *case)
 
 
 def batch_norm_without_waiting(_, folder):

@@ -14,7 +14,8 @@ from sogclr.loss import GlobalContrastiveLoss
 from sogclr.parallel import SyncBatchNorm, data_parallel
 
 B, SIZE, STEPS = 16, 16, 2
-TOLERANCES = {torch.float64: 1e-10, torch.bfloat16: 1e-2}
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+LAYERS = list(itertools.product((False, True), TOLERANCES))     # last, dtype
 COLLECTIVES = "all_reduce", "all_gather_into_tensor", "all_gather_single"
 
 
@@ -36,18 +37,19 @@ def simclr(rank, world):
     return [*record, *(buffer.double() for buffer in model.buffers())], list(model.state_dict())
 
 
-def layer(rank, world, last, dtype):
+def layer(rank, world, last, dtype, device="cpu"):
     """A layer's output, gradients and running statistics, and the collectives forward and backward.
 
     last: like the projection head's last layer, else like an encoder's.
     """
     torch.manual_seed(1)
     norm, shape = (nn.BatchNorm1d(5, affine=False), ()) if last else (nn.BatchNorm2d(5), (3, 4))
-    for p in norm.to(torch.promote_types(dtype, torch.float32)).parameters():       # as in autocast
+    for p in norm.parameters():
         nn.init.normal_(p)
+    norm.to(device, torch.promote_types(dtype, torch.float32))      # as in autocast
     local = slice(rank * B // world, (rank + 1) * B // world)
-    x, grad = torch.randn(2, B, 5, *shape, dtype=torch.float64)[:, local].to(dtype)
-    x = (3 + 2 * x).requires_grad_()
+    x, grad = torch.randn(2, B, 5, *shape, dtype=torch.float64)[:, local].to(device, dtype)
+    x = (3 + 2 * x).to(memory_format=torch.preserve_format if last else torch.channels_last).requires_grad_()
     if world > 1:
         norm.__class__ = SyncBatchNorm
     calls = []
@@ -63,15 +65,15 @@ def layer(rank, world, last, dtype):
         y = norm(x)
         forward = len(calls)
         y.backward(grad)
-    return ([y.detach(), x.grad, *(p.grad for p in norm.parameters()), norm.running_mean, norm.running_var],
-            (calls[:forward], calls[forward:]))
+    record = y.detach(), x.grad, *(p.grad for p in norm.parameters()), norm.running_mean, norm.running_var
+    return [values.cpu() for values in record], (calls[:forward], calls[forward:])
 
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    layers = {case: layer(rank, world, *case) for case in itertools.product((False, True), TOLERANCES)}
-    torch.save({"simclr": simclr(rank, world), **layers}, f"{folder}/{rank}.pt")
+    torch.save({"simclr": simclr(rank, world), **{case: layer(rank, world, *case) for case in LAYERS}},
+               f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -98,10 +100,8 @@ def test_split_batch_equals_whole_batch(ranks):
             assert_equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("last", [False, True])
-def test_layer_equals_that_of_the_whole_batch(last, dtype, ranks):
-    """To 1e-10 in float64, and to the rounding of bfloat16; in one collective forward and one backward."""
+def assert_whole(ranks, last, dtype):
+    """Together, the ranks' `layer` must be that of one process, to the dtype's rounding. Used by `test_gpu`, too."""
     (y, x_grad, *grads, mean, var), _ = layer(0, 1, last, dtype)
     ours, tolerance = [record[last, dtype][0] for record in ranks], TOLERANCES[dtype]
     assert_equal(torch.cat([values[0] for values in ours]), y, tolerance)
@@ -111,6 +111,12 @@ def test_layer_equals_that_of_the_whole_batch(last, dtype, ranks):
     for *_, our_mean, our_var in ours:
         assert_equal(our_mean, mean, tolerance)
         assert_equal(our_var, var, tolerance)
+
+
+@pytest.mark.parametrize(("last", "dtype"), LAYERS)
+def test_layer_equals_that_of_the_whole_batch(last, dtype, ranks):
+    """To 1e-10 in float64, and to the rounding of other types; in one collective forward and one backward."""
+    assert_whole(ranks, last, dtype)
     for record in ranks:
         forward, backward = record[last, dtype][1]
         assert len(forward) == 1

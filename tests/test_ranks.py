@@ -48,6 +48,16 @@ def test_two_ranks_train_the_network_of_one(module, flags, imagenet, tmp_path):
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
 
 
+def test_finetuning_on_two_ranks_saves_what_it_validated(imagenet, tmp_path):
+    """The file must have the accuracy that was printed."""
+    command = ["--data", imagenet, *TINY, "--seed", 1, "--save_dir", tmp_path]
+    with two_ranks(lincls, *command, "--finetune", "--epochs", 2) as (first, second):
+        lines = first.end()[0].splitlines()
+        second.end()
+    evaluated = call(lincls, *command, "-e", "--resume", newest(tmp_path))
+    assert evaluated[-1].split("Acc@1")[1] in next(line for line in lines if line.startswith(" * Epoch 1"))
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     ([], "3.jpg: not a readable image"),
     (["--batch-size", 9], "--batch-size 9: cannot be split equally over 2 processes")])

@@ -60,7 +60,7 @@ def timed(function, batches, skip=0):
 
 
 def timed_with(loader, function):
-    """The same for a loader's batches, COUNTED at most, not counting those that its workers prepare ahead."""
+    """Like `timed`, for at most COUNTED batches of a loader after those that its workers prepare ahead."""
     skip = loader.ahead + 1
     return timed(function, itertools.islice(loader.epoch(0), skip + COUNTED), skip)
 
@@ -273,7 +273,7 @@ def benchmark_lincls(args):
 
 
 def benchmark_steps(args):
-    """Measure the steps of all cases."""
+    """Measure the step of each network, image size and batch size of `all`: a row for each."""
     rows = []
     for case in cases():
         of = {row["what"]: row for row in benchmark_step(with_flags(args, **case))}
@@ -302,7 +302,7 @@ def benchmark_data(args):
 
 
 def cases():
-    """Of `all`, as flags."""
+    """Return the networks, image sizes and batch sizes of `all`, each as flags."""
     return [dict(zip(("arch", "image_size", "batch_size"), case, strict=True))
             for case in (CASES if DEVICE.type == "cuda" else CPU_CASES)]
 
