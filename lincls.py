@@ -6,10 +6,12 @@ An encoder from train.py, on ImageNet-1K with the usual protocol (the defaults):
 
 A randomly initialized encoder, for comparison: leave out --pretrained.
 
-Eight learning rates in one pass, the quick protocol, no training at all, and fine-tuning on 10 % of the images:
+Eight learning rates in one pass, the quick protocol, nearest neighbors, logistic regression, which has no learning
+rate, and fine-tuning on 10 % of the images:
     python lincls.py --data DIR --pretrained ... --lr 0.03 0.1 0.3 1 3 10 30 100
     python lincls.py --data DIR --pretrained ... --features cached
     python lincls.py --data DIR --pretrained ... --knn
+    python lincls.py --data DIR --pretrained ... --logistic
     python lincls.py --data DIR --pretrained ... --train-percent 10 --finetune
 """
 
@@ -19,6 +21,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -29,16 +32,17 @@ from sogclr.builder import choose_stem, encoder_state, load_encoder, memory_form
 from sogclr.classifiers import Classifiers
 from sogclr.datasets import open_train_and_val
 from sogclr.distributed import all_reduce_sum, log, rank, world_size
-from sogclr.features import CachedFeatures, Encoder, FreshFeatures
+from sogclr.features import CachedFeatures, Encoder, FreshFeatures, Numbered, effective_rank, extract, sample
 from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, refuse, resolve_precision
 from sogclr.knn import evaluate_knn
 from sogclr.launch import launch
 from sogclr.loader import LabeledBatches, Loader, check_batch_size
+from sogclr.logistic import LogisticEvaluation, mean_and_deviation
 from sogclr.meters import AverageMeter, Progress, correct_in_top
 from sogclr.optimizer import lr_at
 from sogclr.parallel import data_parallel
 from sogclr.run import Run, file_name
-from sogclr.subset import Subset, balanced_indices
+from sogclr.subset import Subset, balanced_indices, shot_indices
 
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "best_acc1", "best_epoch")
 PROTOCOL_FLAGS = ("features", "train_percent", "finetune", "encoder_lr")
@@ -48,7 +52,8 @@ RESUME_FLAGS = ("arch", "image_size", "batch_size", "epochs", "lr", "momentum", 
 
 
 def build_parser():
-    parser = Parser("Evaluation of a pretrained encoder: linear (default), nearest neighbors, or fine-tuning")
+    parser = Parser("Evaluation of a pretrained encoder: linear (default), logistic regression, nearest neighbors, or "
+                    "fine-tuning")
     groups = add_shared_flags(
         parser, batch_size=1024, epochs=90, lr=0.1, weight_decay=0.0, momentum_of="SGD", several=True,
         lr_help="base learning rate, multiplied by B / 256")
@@ -63,6 +68,15 @@ def build_parser():
     protocol.add_argument("--knn", action="store_true",
                           help="no training: classify validation images by their 20 or 200 nearest training images "
                                "(weighted, temperature 0.07)")
+    protocol.add_argument("--logistic", action="store_true",
+                          help="no learning rate: multinomial logistic regression on features of center crops, solved "
+                               "to its optimum, its L2 penalty chosen on a held-out fifth of the training images")
+    protocol.add_argument("--shots", nargs="+", type=number(int, "[1, inf)"), metavar="K",
+                          help="with --logistic: use K training images per class, such as 1 5 10, and a fixed L2 "
+                               "penalty; several values are several evaluations (default: all images)")
+    protocol.add_argument("--draws", default=5, type=number(int, "[1, inf)"), metavar="N",
+                          help="with --shots: draws of the images, for mean and standard deviation, the first by "
+                               "--seed, the next by --seed + 1, ...")
     protocol.add_argument("--train-percent", default=100.0, type=number(float, "(0, 100]"), metavar="P",
                           help="percentage of the training images to use, the same number per class and at least one, "
                                "chosen by the seed and listed in train_subset.txt")
@@ -78,6 +92,7 @@ def build_parser():
 def check(args):
     """Raise InputError if flags contradict each other."""
     several = len(grid(args)) > 1
+    one_pass = "--knn" if args.knn else "--logistic" if args.logistic else ""      # without epochs, and thus saves
     refuse(
         (args.evaluate and not args.resume,
          "-e/--evaluate: needs a classifier to evaluate, pass its checkpoint with --resume"),
@@ -85,10 +100,15 @@ def check(args):
         (args.finetune and args.features == "cached",
          "--finetune: changes the encoder, so its features cannot be cached, leave out --features cached"),
         (args.finetune and several, "--finetune: trains one network, pass one --lr and one --wd"),
-        (args.knn and (args.finetune or several or args.features == "cached"),
-         "--knn: trains nothing, leave out --finetune, --features cached and several values of --lr and --wd"),
-        (args.knn and (args.evaluate or args.resume not in ("", "auto")),
-         "--knn: has nothing to resume or evaluate, leave out -e and --resume (--pretrained accepts any checkpoint)"),
+        (args.knn and args.logistic, "--knn, --logistic: two protocols, pass one at a time"),
+        (one_pass and (args.finetune or several or args.features == "cached"),
+         f"{one_pass}: has no use for --finetune, --features cached and several values of --lr and --wd, leave them "
+         "out"),
+        (one_pass and (args.evaluate or args.resume not in ("", "auto")),
+         f"{one_pass}: has nothing to resume or evaluate, leave out -e and --resume (--pretrained accepts any "
+         "checkpoint)"),
+        (args.shots and not args.logistic, "--shots: needs --logistic, pass that too"),
+        (args.shots and args.train_percent < 100, "--shots, --train-percent: two ways to choose images, pass one"),
         (args.encoder_lr and not args.finetune, "--encoder-lr: needs --finetune, pass that too"))
 
 
@@ -100,9 +120,11 @@ def grid(args):
 
 def protocol(args, percent):
     """The protocol's name, for people. percent: of the training images that are used."""
-    name = "kNN evaluation" if args.knn else "fine-tuning" if args.finetune else "linear evaluation"
+    name = ("kNN evaluation" if args.knn else "logistic regression" if args.logistic else
+            "fine-tuning" if args.finetune else "linear evaluation")
     return (name + " with cached features" * (args.features == "cached")
-            + (f" on {percent:.3g} % of the training images" if percent < 100 else ""))
+            + (f" on {percent:.3g} % of the training images" if percent < 100 else "")
+            + (f" with {', '.join(map(str, args.shots))} training images per class" if args.shots else ""))
 
 
 def run_folder(args):
@@ -114,7 +136,11 @@ def run_folder(args):
         encoder, part = f"{data_label(args)}_{args.arch}_random", "init"
     lrs, decays = (",".join(f"{value:g}" for value in dict.fromkeys(values))
                    for values in zip(*grid(args), strict=True))
-    how = f"bz_{args.batch_size}_E{args.epochs}_lr_{lrs}_wd_{decays}_m_{args.momentum:g}" if not args.knn else "knn"
+    how = f"bz_{args.batch_size}_E{args.epochs}_lr_{lrs}_wd_{decays}_m_{args.momentum:g}"
+    if args.knn:
+        how = "knn"
+    elif args.logistic:
+        how = "logistic" + (f"_shots_{','.join(map(str, args.shots))}_draws_{args.draws}" if args.shots else "")
     settings = non_defaults(PARSER, args, ("stem", "image_size", "precision", "seed", *PROTOCOL_FLAGS))
     return (Path(args.save_dir) / file_name(f"linear_eval_{encoder}")
             / file_name(f"{part}_{how}_data_{data_label(args)}{settings}"))
@@ -125,6 +151,8 @@ def main_worker(args, device):
     evaluation = Evaluation(args, device)
     if args.knn:
         evaluate_neighbors(evaluation)
+    elif args.logistic:
+        evaluate_logistic(evaluation)
     elif args.evaluate:
         evaluate_saved(evaluation)
     else:
@@ -141,11 +169,12 @@ class Evaluation:
         fingerprint = f"{self.train_data.fingerprint}, and for validation {self.val_data.fingerprint}"
 
         # The run's folder, the checkpoint to resume from, and the encoder.
-        self.run = run = Run(args, run_folder(args), CHECKPOINT_KEYS, "" if args.knn else args.resume,
+        self.run = run = Run(args, run_folder(args), CHECKPOINT_KEYS, "" if args.knn or args.logistic else args.resume,
                              write=not args.evaluate)
         if args.evaluate and not run.saved:
             raise InputError(f"-e/--evaluate: {run.folder} has no run yet, pass a checkpoint with --resume PATH")
         pretrained, self.pretraining = read_encoder(args, run)
+        self.rank_data = sample(self.train_data)
         images = self.train_data.images
         if args.train_percent < 100:
             few = Subset(images, balanced_indices(images.targets, args.train_percent, run.seed))
@@ -200,7 +229,8 @@ class Evaluation:
         log(f"=> {path}" + ": replaces that of an earlier run" * path.exists())
         report.write_json(path, {
             "protocol": self.protocol, "pretrained": self.args.pretrained or None, **self.pretraining,
-            **measured, "classes": len(self.classes), "train_images": len(self.train_data.images),
+            **measured, "effective_rank": effective_rank(self.encode, self.loader(self.rank_data)),
+            "classes": len(self.classes), "train_images": len(self.train_data.images),
             "val_images": len(self.val_data.images), "seconds": round(time.perf_counter() - self.started, 1),
             "settings": self.settings, **report.environment_info(self.device)})
 
@@ -227,16 +257,56 @@ def read_encoder(args, run):
     return resumed, pretraining
 
 
-def evaluate_neighbors(evaluation):
-    """Classify validation images by their nearest training images."""
+def results_file(evaluation):
+    """Where --knn and --logistic write. Raises InputError if results of other images are there."""
     file = evaluation.run.folder / "results.json"
     if file.exists():
         before = json.loads(file.read_text())["settings"]
         checkpoint.require_same_images(before, evaluation.settings, f"--save_dir: {file}")
+    return file
+
+
+def evaluate_neighbors(evaluation):
+    """Classify validation images by their nearest training images."""
+    file = results_file(evaluation)
     accuracies = evaluate_knn(evaluation.encode, evaluation.loader(evaluation.train_data),
                               evaluation.loader(evaluation.val_data), len(evaluation.classes))
     evaluation.write_results(file, knn_acc1=accuracies)
     log("=> kNN: " + ", ".join(f"k = {k} Acc@1 {acc1:.3f}" for k, acc1 in accuracies.items()))
+
+
+def evaluate_logistic(evaluation):
+    """Classify validation images by logistic regression on the features of the training images, or of a few of them."""
+    args, file, seed = evaluation.args, results_file(evaluation), evaluation.run.seed
+    images, classes = evaluation.train_data.images, evaluation.classes
+    targets = np.asarray(images.targets)
+    fewest = np.bincount(targets).argmin()
+    if args.shots and max(args.shots) > (have := int((targets == fewest).sum())):
+        raise InputError(f"--shots {max(args.shots)}: class {classes[fewest]!r} has only {have} training images")
+
+    numbered = dataclasses.replace(evaluation.train_data, images=Numbered(images))
+    train, val = (extract(evaluation.encode, evaluation.loader(data), torch.float32)
+                  for data in (numbered, evaluation.val_data))
+    logistic = LogisticEvaluation(*train, targets, *val, len(classes))
+    if not args.shots:
+        results = logistic.search(seed)
+        evaluation.write_results(file, logistic=results)
+        log("=> logistic regression: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}, L2 {l2:.3g}, chosen on {held_out} held-out "
+            "training images".format(**results))
+        fits = [results, *results["curve"]]
+    else:
+        draws = {shots: [logistic.evaluate(shot_indices(targets, shots, seed + draw)) for draw in range(args.draws)]
+                 for shots in args.shots}
+        results = {shots: mean_and_deviation(some) | {"draws": some} for shots, some in draws.items()}
+        evaluation.write_results(file, shots=results)
+        for shots, values in results.items():
+            log(f"=> {shots} images per class: " + "Acc@1 {acc1:.3f} ± {acc1_deviation:.3f} Acc@5 {acc5:.3f} ± "
+                "{acc5_deviation:.3f}".format(**values) + f", {args.draws} draws")
+        fits = [fit for some in draws.values() for fit in some]
+    unfinished = [fit["gradient_norm"] for fit in fits if not fit["converged"]]
+    if unfinished:
+        log(f"=> note: {len(unfinished)} of {len(fits)} fits ended before they converged, with gradient norms up to "
+            f"{max(unfinished):.1g}")
 
 
 def evaluate_saved(evaluation):

@@ -27,11 +27,11 @@ from sogclr.builder import SimCLR, choose_stem, memory_format, resnet
 from sogclr.datasets import open_data_set, open_train_and_val
 from sogclr.distributed import broadcast_int, log, world_size
 from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, resolve_precision
-from sogclr.knn import KNNMonitor
 from sogclr.launch import launch
 from sogclr.loader import Loader, TwoViewBatches, check_batch_size
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, alignment_and_uniformity, gamma_at
 from sogclr.meters import AverageMeter, NanGuard, Progress
+from sogclr.monitor import FeatureMonitor
 from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
 from sogclr.parallel import data_parallel
 from sogclr.run import Run, file_name
@@ -87,6 +87,9 @@ def build_parser():
     run.add_argument("--knn-freq", default=0, type=number(int, "[0, inf)"), metavar="N",
                      help="report the encoder's kNN accuracy every N epochs, which needs labeled images in DIR/train "
                           "and DIR/val and does not affect the run; 0 is never")
+    run.add_argument("--rank-freq", default=0, type=number(int, "[0, inf)"), metavar="N",
+                     help="report the effective rank of the encoder's features every N epochs, which needs no labels "
+                          "and does not affect the run; 0 is only with --knn-freq and at the end")
     return parser
 
 
@@ -113,7 +116,7 @@ def main_worker(args, device):
     views = TwoViewBatches(data, run.seed, args.crop_min, Augment.num_uniforms, args.bad_images, recipe)
     loader = Loader(views, args.batch_size, args.workers, device, keep_workers=True,
                     seed=run.seed, shuffle=True, drop_last=True)
-    knn = knn_monitor(args, data, device, dtype) if args.knn_freq else None
+    monitor = FeatureMonitor(data, labeled_sets(args, data), args, device, dtype)
 
     # Model, loss, optimizer
     stem = choose_stem(args.stem, data.image_size)
@@ -139,7 +142,7 @@ def main_worker(args, device):
         return
     describe(run, data, model, len(loader), peak_lr, device)
     record = {"command": sys.argv, "settings": settings, **report.environment_info(device)}
-    steps, print_freq, skip, knn_acc1 = len(loader), args.print_freq, 1, {}
+    steps, print_freq, skip, measured = len(loader), args.print_freq, 1, {}
     if args.dry_run:
         skip, print_freq = loader.ahead + 1, steps + 1      # printing would make the host wait for a GPU
         loader = FirstBatches(loader, skip + max(DRY_STEPS, loader.ahead))      # workers may deliver in bursts
@@ -184,16 +187,15 @@ def main_worker(args, device):
             log(progress.summary(losses, gcl))
             run.after_epoch(epoch, f"checkpoint_{epoch:04d}.pth.tar" if checkpoint_is_kept(args, epoch) else None)
             show_u(events, criterion, steps, (epoch + 1) * steps)
-            if knn and ((epoch + 1) % args.knn_freq == 0 or epoch == args.epochs - 1):
-                knn_acc1 = knn(model.base_encoder)                              # {"kNN-20": percent, ...}
-                log(f" * Epoch {epoch} " + " ".join(f"{name} {acc1:.1f}" for name, acc1 in knn_acc1.items()))
-                events.scalars({f"features/{name}": acc1 for name, acc1 in knn_acc1.items()}, (epoch + 1) * steps)
+            if measured := monitor(model.base_encoder, epoch):                  # {"effective_rank": number, ...}
+                log(f" * Epoch {epoch} " + " ".join(f"{name} {value:.1f}" for name, value in measured.items()))
+                events.scalars({f"features/{name}": value for name, value in measured.items()}, (epoch + 1) * steps)
             run.stop_if_asked(epoch)
     if args.dry_run:
         log(dry_run_report(args, progress, state, device))
         return
     report.write_json(run.folder / "results.json", {
-        "loss": losses.average, "gcl": gcl.average, **knn_acc1, "first_epoch": run.start_epoch,
+        "loss": losses.average, "gcl": gcl.average, **measured, "first_epoch": run.start_epoch,
         "seconds": state.seconds(), **record})
     log(f"=> done: {run.folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
 
@@ -297,12 +299,14 @@ def checkpoint_is_kept(args, epoch):
     return epoch % args.save_freq == 0 or epoch >= args.epochs - 3
 
 
-def knn_monitor(args, data, device, dtype):
-    """The `KNNMonitor` for --knn-freq. Raises InputError if images have no labels."""
+def labeled_sets(args, data):
+    """For --knn-freq, the training and validation images with labels. Raises InputError if they have none."""
+    if not args.knn_freq:
+        return None
     try:
         # A folder's images were listed without classes, in an order that must not change.
         train = data if args.data_name != "folder" else None
-        return KNNMonitor(*open_train_and_val(args.data_name, args.data, args.image_size, train), args, device, dtype)
+        return open_train_and_val(args.data_name, args.data, args.image_size, train)
     except InputError as error:
         raise InputError(f"--knn-freq {args.knn_freq}: needs labeled images, leave the flag out if there are none; "
                          f"{error}") from error

@@ -1,11 +1,17 @@
 """Features of a data set's images, all at once or batch by batch."""
 
+import dataclasses
+
+import numpy as np
 import torch
 import torch.nn as nn
 
 from sogclr import InputError, one_line
-from sogclr.distributed import gather, world_size
+from sogclr.distributed import all_reduce_sum, gather, world_size
 from sogclr.loader import EpochSampler
+from sogclr.subset import Subset
+
+RANK_IMAGES = 25_600    # for the effective rank, as in the paper
 
 
 class Encoder(nn.Module):
@@ -44,6 +50,45 @@ def extract(encode, loader, dtype, on_all_ranks=False):
         features[n:n + len(output)], labels[n:n + len(output)] = output, target
         n += len(output)
     return features[:n], labels[:n]
+
+
+class Numbered:
+    """`numbered[i] -> (PIL image, i)`: a data set with each image's index for its label."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i][0], i
+
+
+def sample(data):
+    """An `ImageSet` of at most RANK_IMAGES evenly spaced images of another one, which may be sorted by class."""
+    total = len(data.images)
+    n = min(total, RANK_IMAGES)
+    return dataclasses.replace(data, images=Subset(data.images, np.arange(n) * total // n))
+
+
+def effective_rank(encode, loader):
+    """RankMe (Garrido et al., ICML 2023, arXiv 2210.02885) of a loader's images, the same on every rank: exp of the
+    entropy of the features' singular values, divided by their sum. Needs no labels.
+
+    encode: uint8 [b, 3, H, W] -> float [b, C], without gradients. From 1, if all features are multiples of one
+    vector, to C, if all directions are equally strong; nan if a feature is not finite or all are 0.
+    """
+    gram = 0
+    for images, _ in loader.epoch(0):
+        features = encode(images).double()
+        gram = gram + features.T @ features                                     # [C, C]
+    if not all_reduce_sum(gram).isfinite().all():
+        return float("nan")
+    squares = torch.linalg.eigvalsh(gram)
+    squares[squares < len(gram) * torch.finfo(gram.dtype).eps * squares[-1]] = 0        # only rounding
+    singular_values = squares.sqrt()
+    return torch.special.entr(singular_values / singular_values.sum()).sum().exp().item()
 
 
 class FreshFeatures:

@@ -1,14 +1,10 @@
 """The weighted k-nearest-neighbor classifier of InstDisc (Wu et al., arXiv 1805.01978), which needs no training."""
 
-import copy
-
 import torch
 import torch.nn.functional as F
 
-from sogclr.augment import Normalize
 from sogclr.distributed import all_reduce_sum, gather, log
-from sogclr.features import Encoder, extract
-from sogclr.loader import LabeledBatches, Loader
+from sogclr.features import extract
 
 
 def evaluate_knn(encode, bank, queries, num_classes):
@@ -20,29 +16,6 @@ def evaluate_knn(encode, bank, queries, num_classes):
         return F.normalize(encode(images))
 
     return knn_accuracy(*extract(unit, bank, torch.float16), *extract(unit, queries, torch.float16), num_classes)
-
-
-class KNNMonitor:
-    """For --knn-freq: kNN accuracy of an encoder in training, {"kNN-20": percent, ...}, the same on every rank.
-
-    train, val: `ImageSet`s with labels, whose center crops are bank and queries; args: the script's.
-    Evaluates a copy of the encoder and leaves torch's generator unchanged, so that the run stays the same.
-    """
-
-    def __init__(self, train, val, args, device, dtype):
-        self.bank, self.queries = (Loader(LabeledBatches(data, bad_images=args.bad_images), args.batch_size,
-                                          args.workers, device) for data in (train, val))
-        self.normalize = Normalize(train.mean, train.std).to(device)
-        self.num_classes, self.dtype = len(train.images.classes), dtype
-
-    @torch.inference_mode()
-    def __call__(self, encoder):
-        frozen = copy.deepcopy(encoder).eval()
-        frozen.fc = torch.nn.Identity()
-        with torch.random.fork_rng(devices=[]):     # a loader draws its workers' seeds from it
-            encode = Encoder(frozen, self.normalize, self.dtype)
-            accuracies = evaluate_knn(encode, self.bank, self.queries, self.num_classes)
-        return {f"kNN-{k}": acc1 for k, acc1 in accuracies.items()}
 
 
 @torch.no_grad()

@@ -14,9 +14,32 @@ def balanced_indices(targets, percent, seed):
 
     targets: N labels; percent: in (0, 100]; seed: determines, together with the labels, which images.
 
-    Each class contributes the same number or one more, and a class with fewer contributes all. Images are drawn in
-    rounds, one per class, so that a smaller percentage is a subset of a larger one with the same seed.
+    Each class contributes the same number or one more, and a class with fewer contributes all. A smaller percentage is
+    a subset of a larger one with the same seed.
     """
+    indices, _ = _in_rounds(targets, seed)
+    return np.sort(indices[:max(round(len(targets) * percent / 100), len(np.unique(targets)))])
+
+
+def shot_indices(targets, shots, seed):
+    """Indices of the first `shots` images of each class in the same order: [shots K] int64, ascending; fewer if a class
+    has fewer.
+    """
+    indices, rounds = _in_rounds(targets, seed)
+    return np.sort(indices[rounds < shots])
+
+
+def held_out(targets, seed):
+    """A mask [N] of a random fifth of each class's images, rounded down, but at least one if it has two or more."""
+    indices, rounds = _in_rounds(targets, seed)
+    sizes = np.bincount(targets)[np.asarray(targets)[indices]]
+    mask = np.zeros(len(indices), dtype=bool)
+    mask[indices] = rounds < np.where(sizes > 1, np.maximum(sizes // 5, 1), 0)
+    return mask
+
+
+def _in_rounds(targets, seed):
+    """Random indices [N] in rounds of one image per class, as far as a class has more; and the round of each, [N]."""
     targets = np.asarray(targets)
     rng = np.random.default_rng((seed, _SUBSET))
     shuffled = rng.permutation(len(targets))
@@ -24,8 +47,8 @@ def balanced_indices(targets, percent, seed):
     classes, sizes = np.unique(targets, return_counts=True)
     rounds = np.concatenate([np.arange(size) for size in sizes])                # [N] the position within its class
     places = np.repeat(rng.permutation(len(classes)), sizes)                    # [N] the class's position in a round
-    n = max(round(len(targets) * percent / 100), len(classes))
-    return np.sort(by_class[np.lexsort((places, rounds))[:n]])
+    order = np.lexsort((places, rounds))
+    return by_class[order], rounds[order]
 
 
 class Subset:
@@ -39,6 +62,10 @@ class Subset:
 
     def __getitem__(self, i):
         return self.images[self.indices[i]]
+
+    @property
+    def targets(self):
+        return np.asarray(self.images.targets)[self.indices]
 
     def write_list(self, file):
         """Write one line per image: its path relative to the data set's folder, or its index if it has no own file.

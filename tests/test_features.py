@@ -10,7 +10,7 @@ from PIL import Image
 
 from sogclr import InputError
 from sogclr.distributed import gather
-from sogclr.features import extract
+from sogclr.features import effective_rank, extract
 from sogclr.knn import knn_accuracy
 from sogclr.loader import LabeledBatches, Loader
 
@@ -87,11 +87,29 @@ def neighbors(rank, world, chunk, uneven):
                         TEMPERATURE, chunk)
 
 
+SPECTRUM = np.array([8.0, 4.0, 2.0, 1.0, 1.0, 0.0])
+
+
+def rank_of(features, rank=0, world=1):
+    """`effective_rank` of features [N, C], interleaved over ranks and split into unequal batches."""
+    batches = torch.from_numpy(features)[rank::world].split(7)
+    loader = types.SimpleNamespace(epoch=lambda _: ((batch, None) for batch in batches))
+    return effective_rank(lambda batch: batch, loader)
+
+
+def with_spectrum(values):
+    """Features [40, C] that have these C singular values, in random directions."""
+    rng = np.random.default_rng(1)
+    left, right = (np.linalg.qr(rng.normal(size=(rows, len(values))))[0] for rows in (40, len(values)))
+    return left * values @ right.T
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save([collect(case) for case in CASES], f"{folder}/{rank}.pt")
     torch.save([neighbors(rank, 2, 32, uneven) for uneven in (False, True)], f"{folder}/knn{rank}.pt")
+    torch.save(rank_of(with_spectrum(SPECTRUM), rank, 2), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -132,6 +150,20 @@ def test_neighbors_vote_as_in_the_paper(folder, capsys):
     assert "the bank has only 161 images, so k = 200 uses them all" in capsys.readouterr().out
     for rank in range(2):
         assert torch.load(folder / f"knn{rank}.pt") == [expected] * 2
+
+
+def test_effective_rank_is_that_of_the_spectrum(folder):
+    """A known spectrum must give exp of its entropy, on one and two ranks; collapse must give 1, equal singular values
+    their number.
+    """
+    p = SPECTRUM[:-1] / SPECTRUM.sum()
+    expected = np.exp(-(p * np.log(p)).sum())
+    assert rank_of(with_spectrum(SPECTRUM)) == pytest.approx(expected, rel=1e-7)
+    for rank in range(2):
+        assert torch.load(folder / f"rank{rank}.pt") == pytest.approx(expected, rel=1e-7)
+    assert rank_of(np.outer(np.arange(1.0, 41), np.ones(300)).astype(np.float32)) == pytest.approx(1, rel=1e-9)
+    assert rank_of(with_spectrum(np.ones(6))) == pytest.approx(6, rel=1e-9)
+    assert np.isnan(rank_of(np.full((3, 2), np.nan)))
 
 
 def test_features_that_are_not_finite_have_no_accuracy():

@@ -69,11 +69,11 @@ def test_several_classifiers_are_as_many_runs(linear):
 
 
 def test_workers_start_once(linear, monkeypatch):
-    """Those of training and of validation, not anew in each of the three epochs; and once for the embedding."""
+    """Those of training and validation, not anew in each of the three epochs; once for the embedding and the rank."""
     starts, start = [], torch.utils.data.DataLoader._get_iterator
     monkeypatch.setattr(torch.utils.data.DataLoader, "_get_iterator", lambda data: starts.append(data) or start(data))
     linear("--workers", 1)
-    assert len(starts) == len(set(starts)) == 3
+    assert len(starts) == len(set(starts)) == 4
 
 
 def test_the_authors_read_the_checkpoint_of_one(linear):

@@ -51,7 +51,7 @@ def test_the_authors_command_writes_what_others_read(pretrained, imagenet, tmp_p
     results, at_start = (json.loads((run_folder / name).read_text()) for name in ("results.json", "settings.json"))
     assert results["settings"] == at_start["settings"] == saved["settings"]
     assert results["versions"]["torch"] == torch.__version__
-    assert f"{results['loss']:.4f}" in lines[-2]
+    assert f"{results['loss']:.4f}" in lines[-3]
     scalars = EventAccumulator(str(run_folder)).Reload()
     assert {"loss/loss", "loss/gcl", "run/learning rate"} <= set(scalars.Tags()["scalars"])
     assert f"{scalars.Scalars('loss/loss')[-1].value:.4f}" == losses(lines)[-1]
@@ -90,20 +90,16 @@ def test_resumed_run_equals_uninterrupted(pretrained, imagenet, tmp_path):
         assert torch.equal(state["mu"], resumed["optimizer"]["state"][k]["mu"])
 
 
-def test_knn_during_pretraining_changes_nothing(pretrained, imagenet, tmp_path, monkeypatch):
+def test_the_monitor_changes_nothing(pretrained, imagenet, tmp_path, monkeypatch):
     """With --knn-freq a run must end with the same weights, u and optimizer, bit for bit, and the same random state."""
-    def watched(*args, original=train.knn_monitor):
-        evaluate = original(*args)
+    def without_trace(self, encoder, epoch, evaluate=train.FeatureMonitor.__call__):
+        before, training = torch.get_rng_state(), [module.training for module in encoder.modules()]
+        measured = evaluate(self, encoder, epoch)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert [module.training for module in encoder.modules()] == training
+        return measured
 
-        def without_trace(encoder):
-            before, training = torch.get_rng_state(), [module.training for module in encoder.modules()]
-            accuracies = evaluate(encoder)
-            assert torch.equal(torch.get_rng_state(), before)
-            assert [module.training for module in encoder.modules()] == training
-            return accuracies
-        return without_trace
-
-    monkeypatch.setattr(train, "knn_monitor", watched)
+    monkeypatch.setattr(train.FeatureMonitor, "__call__", without_trace)
     again = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--seed", 5, "--save_dir", tmp_path, "--knn-freq", 1)
     assert losses(again) == losses(pretrained[0])
     ours, plain = load(tmp_path), load(pretrained[1])
@@ -113,7 +109,22 @@ def test_knn_during_pretraining_changes_nothing(pretrained, imagenet, tmp_path, 
                for k, state in plain["optimizer"]["state"].items())
     scalars = EventAccumulator(str(newest(tmp_path).parent)).Reload()
     assert [event.step for event in scalars.Scalars("features/kNN-20")] == [3, 6]
-    assert [line.split(" kNN-20 ")[0] for line in again if "kNN-20" in line] == [" * Epoch 0", " * Epoch 1"]
+    ranks = [event.value for event in scalars.Scalars("features/effective_rank")]
+    assert [line.split(" kNN-20 ")[0] for line in again if "kNN-20" in line] == [
+        f" * Epoch {epoch} effective_rank {value:.1f}" for epoch, value in enumerate(ranks)]
+
+
+def test_effective_rank_needs_no_labels(imagenet, tmp_path):
+    """It must be reported every --rank-freq epochs and after the last one, and be the one that lincls.py measures."""
+    command = ["--data", imagenet / "train", *TINY, "--seed", 1, "--save_dir", tmp_path]
+    lines = call(train, *command, "--data_name", "folder", "--epochs", 5, "--rank-freq", 2)
+    assert [line.split(" effective_rank ")[0] for line in lines if " effective_rank " in line] == [
+        f" * Epoch {epoch}" for epoch in (1, 3, 4)]
+    ours = json.loads(newest(tmp_path, "results.json").read_text())
+    assert "kNN-20" not in ours
+    call(lincls, *command, "--data", imagenet, "--pretrained", newest(tmp_path), "--knn")
+    theirs = json.loads(newest(tmp_path, "results.json").read_text())
+    assert theirs["effective_rank"] == pytest.approx(ours["effective_rank"], rel=1e-6)
 
 
 def test_same_command_finds_its_run(imagenet, tmp_path, monkeypatch, capsys):
@@ -166,7 +177,7 @@ def test_progress_lines(imagenet, tmp_path, monkeypatch):
     monkeypatch.setattr(io, "StringIO", Terminal)
     monkeypatch.setenv("COLUMNS", "60")
     output = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path / "terminal")
-    lines = [line.removesuffix("\x1b[K") for line in output if re.match(r"Epoch| \* Epoch", line)]
+    lines = [line.removesuffix("\x1b[K") for line in output if re.match(r"Epoch| \* Epoch \d  Loss", line)]
     assert len(lines) == 2 * 4
     for epoch in (0, 1):
         *live, summary = lines[4 * epoch:4 * epoch + 4]
