@@ -280,9 +280,12 @@ def evaluate_logistic(evaluation):
     args, file, seed = evaluation.args, results_file(evaluation), evaluation.run.seed
     images, classes = evaluation.train_data.images, evaluation.classes
     targets = np.asarray(images.targets)
-    fewest = np.bincount(targets).argmin()
-    if args.shots and max(args.shots) > (have := int((targets == fewest).sum())):
-        raise InputError(f"--shots {max(args.shots)}: class {classes[fewest]!r} has only {have} training images")
+    counts = np.bincount(targets)
+    if args.shots and max(args.shots) > counts.min():
+        raise InputError(f"--shots {max(args.shots)}: class {classes[counts.argmin()]!r} has only {counts.min()} "
+                         "training images")
+    if not args.shots and counts.max() < 2:
+        raise InputError("--logistic: no class has a second training image to hold out, use more images, or --shots 1")
 
     numbered = dataclasses.replace(evaluation.train_data, images=Numbered(images))
     train, val = (extract(evaluation.encode, evaluation.loader(data), torch.float32)

@@ -97,8 +97,8 @@ def fit(features, labels, num_classes, l2, variances, start=None, tolerance=1e-6
 
     features [n, C], labels [n]: this rank's part; variances [C]: from `to_principal_axes`; start: weights to start at,
     by default 0; tolerance: for the largest entry of the gradient of the objective divided by n, in the coordinates of
-    the solver: weights times the square root of about the objective's curvature. They have the same optimum, and take a
-    tenth of the steps or fewer.
+    the solver: weights times the square root of about the objective's curvature. They have the same optimum, and need
+    far fewer steps.
     """
     n = all_reduce_sum(torch.tensor(len(features), device=features.device))
     scale = torch.cat([variances / num_classes + l2 / n, variances.new_tensor([1 / num_classes])]).sqrt()

@@ -24,7 +24,7 @@ class FeatureMonitor:
             for data in (sample(train), *(labeled or ())))
         self.num_classes = len(labeled[0].images.classes) if labeled else None
         self.normalize, self.dtype = Normalize(train.mean, train.std).to(device), dtype
-        self.rank_freq, self.knn_freq, self.last_epoch = args.rank_freq, args.knn_freq, args.epochs - 1
+        self.rank_freq, self.knn_freq, self.epochs = args.rank_freq, args.knn_freq, args.epochs
 
     @torch.inference_mode()
     def __call__(self, encoder, epoch):
@@ -32,17 +32,16 @@ class FeatureMonitor:
 
         The effective rank is part of every kNN report, and of the last epoch's.
         """
-        def is_due(freq):
-            return freq > 0 and ((epoch + 1) % freq == 0 or epoch == self.last_epoch)
-
-        if not (is_due(self.rank_freq) or is_due(self.knn_freq) or epoch == self.last_epoch):
+        done = epoch + 1
+        knn_is_due = self.knn_freq and (done % self.knn_freq == 0 or done == self.epochs)
+        if not (knn_is_due or done == self.epochs or (self.rank_freq and done % self.rank_freq == 0)):
             return {}
         frozen = copy.deepcopy(encoder).eval()
         frozen.fc = torch.nn.Identity()
         with torch.random.fork_rng(devices=[]):     # a loader draws its workers' seeds from it
             encode = Encoder(frozen, self.normalize, self.dtype)
             measured = {"effective_rank": effective_rank(encode, self.sample)}
-            if is_due(self.knn_freq):
+            if knn_is_due:
                 accuracies = evaluate_knn(encode, *self.bank_and_queries, self.num_classes)
                 measured |= {f"kNN-{k}": acc1 for k, acc1 in accuracies.items()}
         return measured

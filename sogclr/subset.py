@@ -32,7 +32,7 @@ def shot_indices(targets, shots, seed):
 def held_out(targets, seed):
     """A mask [N] of a random fifth of each class's images, rounded down, but at least one if it has two or more."""
     indices, rounds = _in_rounds(targets, seed)
-    sizes = np.bincount(targets)[np.asarray(targets)[indices]]
+    sizes = np.bincount(targets)[np.asarray(targets)[indices]]                  # of each image's class
     mask = np.zeros(len(indices), dtype=bool)
     mask[indices] = rounds < np.where(sizes > 1, np.maximum(sizes // 5, 1), 0)
     return mask

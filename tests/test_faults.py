@@ -134,7 +134,7 @@ def test_torchrun_restarts_what_has_died(imagenet, tmp_path):
     assert after.count("=> resumed") == 1
     assert after.count("(4 per rank)") == 1
     knn = brute_force_knn(newest(tmp_path, "checkpoint_0011.pth.tar"), imagenet)
-    assert re.search(rf" \* Epoch 11 effective_rank [\d.]+ kNN-20 {knn:.1f} kNN-200 ", after)
+    assert re.search(rf" \* Epoch 11 effective_rank \d+\.\d kNN-20 {re.escape(f'{knn:.1f}')} kNN-200 ", after)
     assert load(tmp_path)["epoch"] == 12
     assert (load(tmp_path)["u"] > 0).all()
 

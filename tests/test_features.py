@@ -163,6 +163,9 @@ def test_effective_rank_is_that_of_the_spectrum(folder):
         assert torch.load(folder / f"rank{rank}.pt") == pytest.approx(expected, rel=1e-7)
     assert rank_of(np.outer(np.arange(1.0, 41), np.ones(300)).astype(np.float32)) == pytest.approx(1, rel=1e-9)
     assert rank_of(with_spectrum(np.ones(6))) == pytest.approx(6, rel=1e-9)
+    small = np.array([1, *[2e-4] * 5])      # squares below float32's rounding
+    expected = np.exp(-(small / small.sum() * np.log(small / small.sum())).sum())
+    assert rank_of(with_spectrum(small).astype(np.float32)) == pytest.approx(expected, rel=1e-4)
     assert np.isnan(rank_of(np.full((3, 2), np.nan)))
 
 

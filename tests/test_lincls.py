@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import PYTHON, ROOT, TINY, call, load, newest, run
+from helpers import PYTHON, ROOT, TINY, call, load, newest, run, two_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms.functional import to_pil_image as to_pil
 
@@ -133,6 +134,34 @@ def test_knn_needs_no_training(linear):
     assert record["protocol"] == "kNN evaluation"
     assert lines[-1] == "=> kNN: " + ", ".join(f"k = {k} Acc@1 {record['knn_acc1'][k]:.3f}" for k in ("20", "200"))
     assert not list(folder.rglob("*.tar"))
+
+
+def test_logistic_regression_is_recorded(linear, imagenet, tmp_path, capsys):
+    """Its search over all images, the mean and deviation of few of them, and the same accuracies on two ranks."""
+    folder, lines = linear("--logistic", "--resume", "auto")
+    found = results(folder)["logistic"]
+    assert lines[-1] == ("=> logistic regression: Acc@1 {acc1:.3f} Acc@5 100.000, L2 {l2:.3g}, chosen on 3 held-out "
+                         "training images".format(**found))
+    assert (found["held_out"], found["converged"]) == (3, True)         # of 3 classes with 8 images, one each
+    command = ["--data", imagenet, *TINY, "--seed", 1, "--save_dir", tmp_path / "two", "--logistic"]
+    with two_ranks(lincls, *command) as ranks:
+        for process in ranks:
+            process.end()
+    two = results(tmp_path / "two")["logistic"]
+    assert [(point["l2"], point["acc1"]) for point in two["curve"]] == [(p["l2"], p["acc1"]) for p in found["curve"]]
+    assert two["loss"] == pytest.approx(found["loss"], rel=1e-3)
+
+    few, _ = linear("--logistic", "--shots", 1, 4, "--draws", 3)
+    for values in results(few)["shots"].values():
+        accuracies = [draw["acc1"] for draw in values["draws"]]
+        assert len(accuracies) == 3
+        assert values["acc1"] == pytest.approx(np.mean(accuracies))
+        assert values["acc1_deviation"] == pytest.approx(np.std(accuracies, ddof=1))
+    for flags, message in ((["--shots", 9], "--shots 9: class 'n01440764' has only 8 training images"),
+                           (["--train-percent", 1], "--logistic: no class has a second training image to hold out")):
+        with pytest.raises(SystemExit, match="2"):
+            linear("--logistic", *flags)
+        assert message in capsys.readouterr().err
 
 
 def test_record_and_tensorboard(linear):

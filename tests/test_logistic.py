@@ -1,6 +1,7 @@
 """Logistic regression: the optimum, against Newton's method in NumPy, on any number of ranks and from any start."""
 
 import numpy as np
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -69,7 +70,9 @@ def test_it_is_the_optimum(tmp_path):
 
 
 def test_l2_is_chosen_without_validation_images():
-    """With other validation labels the search must choose the same, by the best accuracy of its curve."""
+    """With other validation labels the search must choose the same, by the best accuracy of its curve, and then fit all
+    training images.
+    """
     chosen = []
     for shift in (0, 1):
         x, y = problem()
@@ -78,6 +81,8 @@ def test_l2_is_chosen_without_validation_images():
         results = logistic.search(seed=1)
         assert max(point["acc1"] for point in results["curve"]) == next(
             point["acc1"] for point in results["curve"] if point["l2"] == results["l2"])
+        with_all = logistic.evaluate(np.arange(40), results["l2"])
+        assert results["loss"] == pytest.approx(with_all["loss"], rel=1e-4)
         chosen.append((results["l2"], results["curve"]))
     assert chosen[0] == chosen[1]
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sogclr.subset import Subset, balanced_indices
+from sogclr.subset import Subset, balanced_indices, held_out, shot_indices
 
 SIZES = (40, 7, 100, 1, 52)
 TARGETS = np.random.default_rng(0).permutation(np.repeat(np.arange(len(SIZES)), SIZES))
@@ -28,6 +28,18 @@ def test_seed_decides_and_smaller_subsets_are_nested():
     assert some < more
     assert some == set(balanced_indices(TARGETS, 10, seed=1).tolist())
     assert some != set(balanced_indices(TARGETS, 10, seed=2).tolist())
+
+
+def test_shots_and_held_out_images_per_class():
+    """As many of each class as it has, more shots including fewer; and a fifth of each class, or one of two to four."""
+    for shots in (1, 5, 50):
+        chosen = shot_indices(TARGETS, shots, seed=1)
+        assert np.bincount(TARGETS[chosen]).tolist() == [min(shots, size) for size in SIZES]
+        assert set(chosen) <= set(shot_indices(TARGETS, shots + 1, seed=1))
+    assert set(chosen) != set(shot_indices(TARGETS, shots, seed=2))
+    assert np.bincount(TARGETS[held_out(TARGETS, seed=1)], minlength=5).tolist() == [8, 1, 20, 0, 10]
+    few = np.array([0, 0, 1, 1, 1, 1, 2])
+    assert few[held_out(few, seed=1)].tolist() == [0, 1]
 
 
 def test_subset_lists_its_images(tmp_path):

@@ -177,7 +177,8 @@ def test_progress_lines(imagenet, tmp_path, monkeypatch):
     monkeypatch.setattr(io, "StringIO", Terminal)
     monkeypatch.setenv("COLUMNS", "60")
     output = call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path / "terminal")
-    lines = [line.removesuffix("\x1b[K") for line in output if re.match(r"Epoch| \* Epoch \d  Loss", line)]
+    *lines, last = [line.removesuffix("\x1b[K") for line in output if re.match(r"Epoch| \* Epoch", line)]
+    assert last.startswith(" * Epoch 1 effective_rank ")
     assert len(lines) == 2 * 4
     for epoch in (0, 1):
         *live, summary = lines[4 * epoch:4 * epoch + 4]
