@@ -71,6 +71,21 @@ def test_differences_are_of_equal_settings_and_seeds(runs, monkeypatch, capsys):
         "| SogCLR - SimCLR | 64 | 0.1 | 0.9 | 5.00 | 5.00 | 7.50 ± 3.54 | 1, 2 |"]
 
 
+def test_logistic_regression_has_columns(runs, monkeypatch, capsys):
+    """One for all images, and one for each number of images per class."""
+    common = {key: value for key, value in json.loads((runs / "dcl_64_1" / "results.json").read_text()).items()
+              if key not in ("classifiers", "protocol")}
+    for name, results in (("all", {"protocol": "logistic regression", "logistic": {"acc1": 74.0}}),
+                          ("few", {"protocol": "of no use", "shots": {"1": {"acc1": 20.0}, "5": {"acc1": 40.0}}})):
+        (runs / name).mkdir()
+        (runs / name / "results.json").write_text(json.dumps(common | results))
+    head, _, *rows = collect(monkeypatch, capsys, runs)
+    assert head.split(" | ")[5:8] == ["logistic regression", "logistic regression, 1 images per class",
+                                      "logistic regression, 5 images per class"]
+    ours = next(row for row in rows if row.startswith("| SogCLR | 64 "))
+    assert ours.split(" | ")[5:8] == ["74.00", "20.00", "40.00"]
+
+
 def test_settings_that_differ_have_columns(runs, monkeypatch, capsys):
     """A run with another temperature must be a row of its own, with the temperature in a column; no plot can show it.
     """

@@ -49,6 +49,11 @@ def read(folder):
                 continue
             if "knn_acc1" in results:
                 values = {f"kNN-{k}": acc1 for k, acc1 in results["knn_acc1"].items()}
+            elif "logistic" in results:
+                values = {results["protocol"]: results["logistic"]["acc1"]}
+            elif "shots" in results:
+                values = {f"logistic regression, {shots} images per class": few["acc1"]
+                          for shots, few in results["shots"].items()}
             else:
                 classifiers = results["classifiers"]
                 values = {results["protocol"] + f", best of {len(classifiers)} rates" * (len(classifiers) > 1):
