@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from sogclr import InputError, checkpoint, report
 from sogclr.augment import Normalize
-from sogclr.builder import choose_stem, encoder_state, load_encoder, memory_format, resnet
+from sogclr.builder import choose_stem, encoder_state, load_encoder, memory_format, resnet, stem_of
 from sogclr.classifiers import Classifiers
 from sogclr.datasets import open_train_and_val
 from sogclr.distributed import all_reduce_sum, log, rank, world_size
@@ -185,7 +185,7 @@ class Evaluation:
         self.protocol = protocol(args, 100 * len(self.train_data.images) / len(images))
         stem = choose_stem(args.stem, image_size)
         if pretrained:
-            stem = "cifar" if pretrained["conv1.weight"].shape[-1] == 3 else "imagenet"
+            stem = stem_of(pretrained)
             if args.stem not in ("auto", stem):
                 raise InputError(f"--stem {args.stem}: the pretrained encoder has the {stem} stem, leave the flag out")
         precision, dtype = resolve_precision(args.precision, device)

@@ -8,6 +8,9 @@ import torchvision
 from sogclr import InputError, one_line
 from sogclr.checkpoint import plain_names
 
+ARCHITECTURES = torchvision.models.list_models(
+    module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
+
 
 def resnet(arch, stem="imagenet", **kwargs):
     """A torchvision ResNet. `stem="cifar"` makes its first convolution 3x3 with stride 1 and drops the max-pool.
@@ -136,6 +139,26 @@ def encoder_state(checkpoint, source, arch=None):
     # Files from before torch 0.4.1 lack BatchNorm's counters, which are unused here.
     counters = {key.replace("running_mean", "num_batches_tracked") for key in state if key.endswith("running_mean")}
     return state | {key: torch.tensor(0) for key in counters - state.keys()}
+
+
+def stem_of(state):
+    """The stem of the ResNet that has the tensors of `encoder_state(...)`."""
+    return "cifar" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
+
+
+def architecture(state, source):
+    """The name and the stem of the ResNet that has the tensors of `encoder_state(...)`. Raises InputError if there is
+    none.
+    """
+    stem = stem_of(state)
+    shapes = {key: value.shape for key, value in state.items()}
+    for arch in ARCHITECTURES:
+        with torch.device("meta"):
+            model = resnet(arch, stem)
+        if shapes == {key: value.shape for key, value in model.state_dict().items() if not key.startswith("fc.")}:
+            return arch, stem
+    raise InputError(f"{source}: its {len(state)} tensors match none of torchvision's ResNets "
+                     f"({', '.join(ARCHITECTURES)})")
 
 
 def load_encoder(model, state, source):

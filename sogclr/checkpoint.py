@@ -6,15 +6,17 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from sogclr import InputError, Stopped, one_line
+from sogclr import InputError, Stopped, one_line, safetensors
 from sogclr.distributed import rank
 
 LAST, PREVIOUS = "checkpoint_last.pth.tar", "checkpoint_previous.pth.tar"
@@ -28,11 +30,12 @@ _DATA = [argparse.Namespace, (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR
 # In parameter names: DistributedDataParallel, torch.compile, FSDP, activation checkpointing.
 _ADDED_TO_NAMES = "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
 _SAVE_ALONE = "where it was made, save the weights alone: torch.save(model.state_dict(), FILE)"
-# How other files begin that are taken for checkpoints.
+# How files begin that are taken for checkpoints.
+_SAFETENSORS = rb".{8}\{\s*[\"}]"
 _OTHER_FILES = {
     rb"version https://git-lfs": "a pointer of Git LFS, not the file itself: fetch it with git lfs pull",
     rb"\s*<(!doctype|html|\?xml)": "a web page, not the file that it offers: download that",
-    rb".{8}\{\s*\"": "a safetensors file, convert it: torch.save(safetensors.torch.load_file(FILE), NEW)",
+    _SAFETENSORS: "a safetensors file, but damaged or with an unusual type of numbers; download or copy it again",
     rb"\x1f\x8b": "compressed with gzip, uncompress it with gunzip",
     rb".{257}ustar": "a tar archive, unpack it with tar and pass a file from it",
     rb"$": "empty, download or copy it again"}
@@ -134,6 +137,24 @@ def save(state, folder, names=()):
             os.close(entries)
 
 
+@contextlib.contextmanager
+def new_path(path, flag):
+    """A context manager that gives a path to write a file or a folder to, which becomes `path` at the end, complete
+    or not at all.
+
+    flag: what named it, for the message. Raises InputError if it exists or, also up front, cannot be written.
+    """
+    if path.exists():
+        raise InputError(f"{flag} {path}: already exists, choose a new name or remove it")
+    try:
+        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=path.name[:100] + ".") as folder:
+            part = Path(folder) / "complete"
+            yield part
+            part.rename(path)
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be written: {error.strerror}") from error
+
+
 def _host_copy(state):
     """Copy a state with all its tensors to host memory."""
     if isinstance(state, torch.Tensor):
@@ -154,7 +175,8 @@ def size(state):
 
 
 def load(path, flag, keys=()):
-    """Load the dict in a checkpoint file to the CPU. Only data is unpickled, never code.
+    """Load the dict in a checkpoint file to the CPU, or the tensors of a safetensors file. Only data is unpickled,
+    never code.
 
     flag: the flag that named the file, for the message; keys: the required keys. Raises InputError if the file is
     missing, damaged, or not such a checkpoint.
@@ -167,10 +189,13 @@ def load(path, flag, keys=()):
     except OSError as error:
         raise InputError(f"{flag} {path}: cannot be read: {error.strerror}") from error
     try:
-        _check_sums(path)
-        with torch.serialization.safe_globals(_DATA), warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # about other tools' file formats: the content is checked here
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if re.match(_SAFETENSORS, head, re.DOTALL):
+            checkpoint = safetensors.read(path)
+        else:
+            _check_sums(path)
+            with torch.serialization.safe_globals(_DATA), warnings.catch_warnings():
+                warnings.simplefilter("ignore")     # about other tools' file formats: the content is checked here
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # an arbitrary file can make the unpickler raise anything
         raise InputError(f"{flag} {path}: not a checkpoint that can be read safely, it is {_what_file(head, error)}"
                          ) from error

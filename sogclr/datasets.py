@@ -52,7 +52,7 @@ def open_data_set(name, folder, split, image_size=None, labels=True):
         images = _cifar(name, folder, split)
     else:
         images = _image_folder(name, folder, split, labels)
-    data = ImageSet(images, image_size or default_image_size(name), *MEAN_STD.get(name, IMAGENET_MEAN_STD))
+    data = ImageSet(images, image_size or default_image_size(name), *mean_and_std(name))
     here = zlib.crc32(data.fingerprint.encode())
     if here != broadcast_int(here):     # each rank lists its machine's folder
         raise InputError(f"--data {folder}: rank {rank()} sees other images ({data.fingerprint}) than rank 0, give all "
@@ -63,6 +63,21 @@ def open_data_set(name, folder, split, image_size=None, labels=True):
 def default_image_size(name):
     """The crop size, in pixels, of the data set called `name` if `--image-size` is left out."""
     return 32 if name in MEAN_STD else 224
+
+
+def mean_and_std(name):
+    """The channels' mean and standard deviation, of pixels in 0..1, that normalize the data set called `name`."""
+    return MEAN_STD.get(name, IMAGENET_MEAN_STD)
+
+
+def trained_on(checkpoint):
+    """The name of the data set and the image size that train.py or lincls.py recorded in a checkpoint; those of
+    ImageNet if it is from other code.
+    """
+    settings = checkpoint.get("settings")
+    if isinstance(settings, dict) and {"data_name", "image_size"} <= settings.keys():
+        return settings["data_name"], settings["image_size"]
+    return "imagenet1000", default_image_size("imagenet1000")
 
 
 def open_train_and_val(name, folder, image_size=None, train=None):

@@ -27,9 +27,9 @@ class ImageFiles:
     """`files[i] -> (RGB image, label)` for every image file in a tree, in the order of torchvision's ImageFolder.
 
     root: the folder; labels: whether its subfolders are classes (else every image has label 0, and images may be
-    anywhere in it). Hidden files and folders, those that systems add, and links to folders above or that are listed
-    already (in the same class) are left out, which is logged. Raises InputError if there are no images, or a class has
-    none; OSError if a folder cannot be read.
+    anywhere in it); flag: what named the folder, for messages. Hidden files and folders, those that systems add, and
+    links to folders above or that are listed already (in the same class) are left out, which is logged. Raises
+    InputError if there are no images, or a class has none; OSError if a folder cannot be read.
 
     The names are one byte array and the rest are number arrays. Forked workers share their pages with the parent and,
     with no reference counts to update, never copy them; each would copy a list of 14 million Python strings. Memory for
@@ -37,14 +37,14 @@ class ImageFiles:
     ImageNet-21K (14 M).
     """
 
-    def __init__(self, root, labels):
+    def __init__(self, root, labels, flag="--data"):
         self.root, left_out = os.fsencode(root), _LeftOut()
         above = _with_parents(real := os.path.realpath(self.root))
         if not labels:
             above.remove(real)      # where the listing starts
         self.classes = sorted(_classes(self.root, above, left_out)) if labels else ["."]
         if not self.classes:
-            raise InputError(f"--data {root}: has no class folders, it must contain <class>/<image files>")
+            raise InputError(f"{flag} {root}: has no class folders, it must contain <class>/<image files>")
         names, ends, targets = bytearray(), array("q", [0]), array("i")
         last_line = time.monotonic()
         for label, folder in enumerate(self.classes):
@@ -58,7 +58,7 @@ class ImageFiles:
                     last_line = time.monotonic()
                     log(f"=> listing {root}: {len(targets)} images, folder {label + 1} of {len(self.classes)}")
             if len(targets) == before:
-                raise InputError(f"--data {root}: contains no images" + (f" of class {folder!r}" if labels else "")
+                raise InputError(f"{flag} {root}: contains no images" + (f" of class {folder!r}" if labels else "")
                                  + f" (files named {', '.join(IMG_EXTENSIONS)})"
                                  + "".join(f"; {line}" for line in left_out.lines(0)))
         for line in left_out.lines(len(targets)):

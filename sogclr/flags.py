@@ -8,14 +8,12 @@ import sys
 from pathlib import Path
 
 import torch
-import torchvision
 
 from sogclr import InputError
+from sogclr.builder import ARCHITECTURES
 from sogclr.datasets import default_image_size
 from sogclr.distributed import escape_output, log
 
-ARCHITECTURES = torchvision.models.list_models(
-    module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
 DATA_SETS = ("imagenet1000", "imagenet100", "cifar10", "cifar100", "folder", "shapes")
 
 
@@ -118,6 +116,15 @@ class _OneOrMore(argparse.Action):
         setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
+def add_loading_flags(group):
+    """Add the flags of how images are read to a parser or a group of its flags."""
+    group.add_argument("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N",
+                       help="data loading processes on this machine, shared by its ranks: at most one per core, but at "
+                            "least one per rank if not 0")
+    group.add_argument("--bad-images", default="stop", choices=("stop", "skip"),
+                       help="on an unreadable file: stop, or skip and report it (more than 1%% stop anyway)")
+
+
 def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay, lr_help, momentum_of, several=False):
     """Add the flags that both scripts share and return their groups. The keywords are the defaults and texts that
     differ.
@@ -133,11 +140,7 @@ def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay, lr_help, m
     data.add_argument("--image-size", type=number(int, "[8, inf)"), metavar="PIXELS",
                       help="size of the square crops, the same in train.py and lincls.py "
                            "(default: 224; 32 for cifar10, cifar100 and shapes)")
-    data.add_argument("-j", "--workers", default=32, type=number(int, "[0, inf)"), metavar="N",
-                      help="data loading processes on this machine, shared by its ranks: at most one per core, but at "
-                           "least one per rank if not 0")
-    data.add_argument("--bad-images", default="stop", choices=("stop", "skip"),
-                      help="on an unreadable file: stop, or skip and report it (more than 1%% stop anyway)")
+    add_loading_flags(data)
 
     model = parser.add_argument_group("model")
     model.add_argument("-a", "--arch", default="resnet50", choices=ARCHITECTURES, metavar="ARCH",

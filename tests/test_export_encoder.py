@@ -1,27 +1,33 @@
 """The exported encoder, as people without this repository use it."""
 
+import json
 import pickle
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from scripts.tools import export_encoder
-from sogclr import checkpoint
-from sogclr.builder import SimCLR, resnet
+from sogclr import checkpoint, datasets
+from sogclr.augment import Normalize
+from sogclr.builder import SimCLR, encoder_state, resnet
+from sogclr.loader import center_view
 
 
 @pytest.fixture
 def export(tmp_path, monkeypatch):
-    """A function from an architecture, its stem, and flags: exports an encoder to tmp_path/out, and returns it."""
-    def run(arch, stem, *flags):
+    """A function from an architecture, its stem, flags, and the checkpoint's settings: exports an encoder to
+    tmp_path/out, and returns it.
+    """
+    def run(arch, stem, *flags, **settings):
         torch.manual_seed(0)
         model = SimCLR(resnet(arch, stem), dim=8, mlp_dim=16).to(memory_format=torch.channels_last)
         for name, buffer in model.named_buffers():
             if "running" in name:
                 buffer.uniform_(0.5, 2)
-        saved = {"arch": arch, "state_dict": checkpoint.add_ddp_prefix(model.state_dict())}
+        saved = {"arch": arch, "state_dict": checkpoint.add_ddp_prefix(model.state_dict()), "settings": settings}
         torch.save(saved, tmp_path / "saved.pth.tar")
         main(tmp_path / "saved.pth.tar", tmp_path / "out", *flags)
         encoder = model.base_encoder.eval()
@@ -53,6 +59,48 @@ def test_torchvision_has_bit_equal_features(stem, export, tmp_path, capsys):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(model.eval()(x), encoder(x))
+
+
+@pytest.mark.parametrize(("settings", "size", "crop", "red"), [
+    ({"data_name": "folder", "image_size": 64}, 64, 0.875, 0.485),
+    ({"data_name": "cifar10", "image_size": 32}, 32, 1.0, 0.4914),
+    ({}, 224, 0.875, 0.485)])
+def test_timm_gets_what_the_checkpoint_records(settings, size, crop, red, export, tmp_path):
+    """The two files must name the architecture and the pretraining's images, ImageNet's if it records none, and hold
+    the encoder, as lincls.py reads it.
+    """
+    encoder = export("resnet18", "imagenet", "--format", "timm", **settings)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["architecture"], config["num_classes"]) == ("resnet18", 0)
+    pretrained = config["pretrained_cfg"]
+    assert pretrained["input_size"] == [3, size, size]
+    assert (pretrained["crop_pct"], pretrained["mean"][0]) == (crop, red)
+    loaded = checkpoint.load(tmp_path / "out" / "model.safetensors", "--pretrained")
+    state = encoder_state(loaded, "--pretrained")
+    expected = encoder.state_dict()
+    assert loaded.keys() == state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_timm_has_bit_equal_features(export, tmp_path, imagenet):
+    """timm's own model and its own transform, of the image file, must give our features; and it must take a new
+    classifier.
+    """
+    timm = pytest.importorskip("timm")
+    encoder = export("resnet18", "imagenet", "--format", "timm", data_name="folder", image_size=64)
+    encoder.to(memory_format=torch.contiguous_format)
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    images = [Image.open(path) for path in sorted(imagenet.glob("val/*/*"))]
+    ours = Normalize(*datasets.IMAGENET_MEAN_STD)(torch.stack([center_view(image, 64) for image in images]))
+    theirs = torch.stack([transform(image) for image in images])
+    assert torch.allclose(theirs, ours, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(model(ours), encoder(ours))
+    classifier = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=3)
+    assert torch.equal(classifier.layer4[1].conv2.weight, encoder.layer4[1].conv2.weight)
+    assert classifier(ours).shape == (9, 3)
 
 
 def test_detectron2_has_every_tensor_under_its_own_name(export, tmp_path):
@@ -90,6 +138,7 @@ def test_detectron2_has_every_tensor_under_its_own_name(export, tmp_path):
     ("cifar.pth", "text", [], "OUT text: already exists"),
     ("cifar.pth", "nowhere/out", [], "OUT nowhere/out: cannot be written: No such file or directory"),
     ("cifar.pth", "out", ["--format", "detectron2"], "--format detectron2: cifar.pth has the cifar stem"),
+    ("cifar.pth", "out", ["--format", "timm"], "--format timm: cifar.pth has the cifar stem"),
     ("cifar.pth", "out", ["--format", "onnx"], "argument --format: invalid choice: 'onnx'")])
 def test_bad_input_is_one_line(checkpoint, out, flags, message, export, tmp_path, monkeypatch, capsys):
     """Exit code 2, one line that names the file or flag, and no file that was not there before."""

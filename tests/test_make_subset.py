@@ -65,7 +65,7 @@ def test_what_is_missing_gives_one_line(flags, message, imagenet, tmp_path, monk
 def test_nothing_is_replaced(tmp_path, monkeypatch, capsys):
     """An existing folder must be left unchanged; one that cannot be created must give one line."""
     monkeypatch.setattr(shapes, "LENGTHS", {"train": 20, "val": 20})
-    for folder, message in ((tmp_path, "already exists, choose a new folder"), ("/proc/part", "cannot be written")):
+    for folder, message in ((tmp_path, "already exists, choose a new name"), ("/proc/part", "cannot be written")):
         with pytest.raises(SystemExit, match="2"):
             make(monkeypatch, folder, "--data_name", "shapes", "--train", 20, "--val", 20)
         assert message in capsys.readouterr().err

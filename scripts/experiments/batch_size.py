@@ -7,9 +7,9 @@
     python scripts/experiments/batch_size.py search --data DIR   the settings, chosen on held-out training images
 
 Each run is pretrained by train.py and evaluated by lincls.py: with linear classifiers at eight learning rates, on
-features of random crops (not in `search`) and on cached ones, and with kNN. All other flags are passed to train.py,
-for example `--epochs 60 --gamma 0.2`. The same command continues after an interruption and skips what is done, and runs
-with other settings may be added to the same --out; its results.md has the tables of them all.
+features of random crops (not in `search`) and on cached ones, by logistic regression, and by kNN. All other flags are
+passed to train.py, for example `--epochs 60 --gamma 0.2`. The same command continues after an interruption and skips
+what is done, and runs with other settings may be added to the same --out; its results.md has the tables of them all.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Preset(NamedTuple):
 
 
 RATES = "--lr 0.001 0.003 0.01 0.03 0.1 0.3 1 3"
-QUICK = f"{RATES} --features cached", "--knn"
+QUICK = f"{RATES} --features cached", "--logistic", "--knn"
 SMALL = "--stem imagenet --precision bf16 --warmup-epochs 1 --learning-rate-scaling sqrt --crop-min 0.2 --wd 1e-6"
 CPU = Preset(f"{SMALL} --epochs 12 --lr 0.075 --t 0.1", (16, 64, 256),
              (f"{RATES} --batch-size 256 --epochs 10", *QUICK), images=(5000, 5000))

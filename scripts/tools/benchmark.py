@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sogclr import InputError
 from sogclr.augment import Augment, Normalize, pil_recipe
-from sogclr.builder import SimCLR, choose_stem, memory_format, resnet
+from sogclr.builder import ARCHITECTURES, SimCLR, choose_stem, memory_format, resnet
 from sogclr.datasets import IMAGENET_MEAN_STD, ImageSet, open_data_set
 from sogclr.features import Encoder
-from sogclr.flags import ARCHITECTURES, Parser, number, output_file, resolve_precision
+from sogclr.flags import Parser, number, output_file, resolve_precision
 from sogclr.loader import LabeledBatches, Loader, TwoViewBatches, available_cores
 from sogclr.loss import GlobalContrastiveLoss
 from sogclr.optimizer import LARS

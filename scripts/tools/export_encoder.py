@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Export the encoder from a checkpoint, for use without this repository.
 
-    python scripts/tools/export_encoder.py CHECKPOINT OUT [--format torchvision|detectron2]
+    python scripts/tools/export_encoder.py CHECKPOINT OUT [--format torchvision|timm|detectron2]
 
-CHECKPOINT is from train.py or lincls.py, or any other that lincls.py accepts as --pretrained. OUT is a state dict of
-torchvision's ResNet without the classifier, to be loaded with `torch.load(OUT, weights_only=True)`; or, for
-detectron2's MODEL.WEIGHTS, a pickle of arrays under its names, as written by MoCo's conversion.
+CHECKPOINT is from train.py or lincls.py, or any other that lincls.py accepts as --pretrained. OUT is
+  torchvision: a state dict of its ResNet without the classifier, for `torch.load(OUT, weights_only=True)`
+  timm: a folder, for `timm.create_model("local-dir:OUT", pretrained=True)`
+  detectron2: for MODEL.WEIGHTS, a pickle of arrays under its names, as written by MoCo's conversion
 """
 
-import contextlib
-import os
+import io
+import json
 import pickle
 import re
 import sys
@@ -19,22 +20,36 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sogclr import InputError, checkpoint
-from sogclr.builder import encoder_state, resnet
-from sogclr.flags import ARCHITECTURES, Parser
+from sogclr import InputError, checkpoint, safetensors
+from sogclr.builder import architecture, encoder_state
+from sogclr.datasets import mean_and_std, trained_on
+from sogclr.flags import Parser
 
 
-def architecture(state, source):
-    """The name and stem of the ResNet that has these tensors. Raises InputError if there is none."""
-    stem = "cifar" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
-    shapes = {key: value.shape for key, value in state.items()}
-    for arch in ARCHITECTURES:
-        with torch.device("meta"):
-            model = resnet(arch, stem)
-        if shapes == {key: value.shape for key, value in model.state_dict().items() if not key.startswith("fc.")}:
-            return arch, stem
-    raise InputError(f"{source}: its {len(state)} tensors match none of torchvision's ResNets "
-                     f"({', '.join(ARCHITECTURES)})")
+def write_torchvision(path, state):
+    buffer = io.BytesIO()       # torch.save would turn the disk's errors into its own
+    torch.save(state, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
+def write_timm(path, state, arch, data_name, image_size):
+    """Write the two files of a timm model. Its evaluation transform then is `sogclr.loader.center_view`.
+
+    data_name, image_size: what the encoder was trained on, see `sogclr.datasets.trained_on`.
+    """
+    mean, std = mean_and_std(data_name)
+    config = {"architecture": arch, "num_classes": 0, "pretrained_cfg": {
+        "input_size": [3, image_size, image_size], "mean": mean, "std": std, "interpolation": "bilinear",
+        "crop_pct": 1.0 if image_size <= 32 else 0.875, "crop_mode": "center", "num_classes": 0, "first_conv": "conv1",
+        "classifier": "fc"}}
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    safetensors.write(state, path / "model.safetensors")
+
+
+def write_detectron2(path, state):
+    arrays = {detectron2_name(key): value.numpy() for key, value in state.items()}
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "SogCLR", "matching_heuristics": True}))
 
 
 def detectron2_name(name):
@@ -47,47 +62,34 @@ def detectron2_name(name):
     return name if name.startswith("res") else "stem." + name
 
 
-def write(path, save):
-    """Write a new file with `save(file)`, completely or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:        # torch.save turns an OSError into a RuntimeError
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise InputError(f"OUT {path}: cannot be written: "
-                         f"{getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from error
-
-
 def export(args):
-    if os.path.exists(args.out):
-        raise InputError(f"OUT {args.out}: already exists, choose a new name or remove it")
-    source = f"CHECKPOINT {args.checkpoint}"
-    state = encoder_state(checkpoint.load(args.checkpoint, "CHECKPOINT"), source)
-    arch, stem = architecture(state, source)
-    # In the usual dtype and layout, whatever the checkpoint's: a GPU trains in channels_last. Counters stay integers.
-    state = {key: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True,
-                           memory_format=torch.contiguous_format) for key, value in state.items()}
-    if args.format == "torchvision":
-        write(args.out, lambda file: torch.save(state, file))
-    elif stem == "cifar":
-        raise InputError(f"--format detectron2: {args.checkpoint} has the cifar stem, unlike detectron2's ResNet")
-    else:
-        arrays = {detectron2_name(key): value.numpy() for key, value in state.items()}
-        whole = {"model": arrays, "__author__": "SogCLR", "matching_heuristics": True}
-        write(args.out, lambda file: pickle.dump(whole, file))
+    with checkpoint.new_path(args.out, "OUT") as part:
+        source = f"CHECKPOINT {args.checkpoint}"
+        loaded = checkpoint.load(args.checkpoint, "CHECKPOINT")
+        state = encoder_state(loaded, source)
+        arch, stem = architecture(state, source)
+        if stem == "cifar" and args.format != "torchvision":
+            raise InputError(f"--format {args.format}: {args.checkpoint} has the cifar stem, unlike {args.format}'s "
+                             "ResNet")
+        # In the usual dtype and layout, whatever the checkpoint's: a GPU trains in channels_last. Counters stay
+        # integers.
+        state = {key: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True,
+                               memory_format=torch.contiguous_format) for key, value in state.items()}
+        if args.format == "torchvision":
+            write_torchvision(part, state)
+        elif args.format == "timm":
+            write_timm(part, state, arch, *trained_on(loaded))
+        else:
+            write_detectron2(part, state)
     print(f"{args.out}: {arch} with {stem} stem, {len(state)} tensors, for {args.format}")
 
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file from train.py, or any that lincls.py accepts")
-    parser.add_argument("out", metavar="OUT", type=Path, help="file to create")
-    parser.add_argument("--format", default="torchvision", choices=("torchvision", "detectron2"), help="target ResNet")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to create, for timm a folder")
+    parser.add_argument("--format", default="torchvision", choices=("torchvision", "timm", "detectron2"),
+                        help="whose ResNet it is for")
     args = parser.parse_args()
     try:
         export(args)

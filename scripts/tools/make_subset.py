@@ -11,7 +11,6 @@ originals must stay, and a change here is a change there; other images are writt
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sogclr import InputError
+from sogclr.checkpoint import new_path
 from sogclr.datasets import open_data_set
 from sogclr.flags import DATA_SETS, Parser, number
 from sogclr.subset import balanced_indices
@@ -60,26 +60,21 @@ def main():
     parser.add_argument("--held-out", action="store_true", help="take the validation images from the training split")
     args = parser.parse_args()
     try:
-        if args.folder.exists():
-            raise InputError(f"{args.folder}: already exists, choose a new folder")
-        train = open_data_set(args.data_name, args.data, "train").images
-        train_indices = draw(train, args.train)
-        if args.held_out:
-            val, val_indices = train, draw(train, args.val, but=train_indices)
-        else:
-            val = open_data_set(args.data_name, args.data, "val").images
-            val_indices = draw(val, args.val)
-        # Under another name until it is complete, and a unique one, in case two of these run at once.
         args.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.folder.absolute().parent, prefix=args.folder.name) as part:
-            complete = Path(part) / "complete"
-            write(train, train_indices, complete / "train")
-            write(val, val_indices, complete / "val")
-            complete.rename(args.folder)
+        with new_path(args.folder, "DST") as part:
+            train = open_data_set(args.data_name, args.data, "train").images
+            train_indices = draw(train, args.train)
+            if args.held_out:
+                val, val_indices = train, draw(train, args.val, but=train_indices)
+            else:
+                val = open_data_set(args.data_name, args.data, "val").images
+                val_indices = draw(val, args.val)
+            write(train, train_indices, part / "train")
+            write(val, val_indices, part / "val")
     except InputError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"{args.folder}: cannot be written: {error.strerror}")
+        parser.error(f"DST {args.folder}: cannot be written: {error.strerror}")
     print(f"=> {args.folder}: {len(train_indices)} training images, {len(val_indices)} validation images"
           + " held out of the training split" * args.held_out)
 
