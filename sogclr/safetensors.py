@@ -48,4 +48,4 @@ def write(tensors, path):
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, tensor in ordered:
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            file.write(tensor.flatten().view(torch.uint8).numpy())

@@ -88,8 +88,12 @@ def test_features_are_those_of_each_image(settings, flags, size, statistics, mai
     assert np.abs(expected[0] - expected[1]).max() > 0.01 * np.abs(expected).max()
 
 
-def test_neighbors_are_written_and_drawn(main, encoder, photos):
-    """The table must have each image's five others in order of similarity, a copy first, the picture their crops."""
+@pytest.mark.parametrize(("rows", "shown"), [(20, [0, 1, 2, 3, 4, 5]), (3, [0, 2, 4])])
+def test_neighbors_are_written_and_drawn(rows, shown, main, photos, monkeypatch):
+    """The table must have each image's five others in order of similarity, a copy first; the picture the crops of as
+    many rows as it has, from all parts of the table.
+    """
+    monkeypatch.setattr(embed, "ROWS", rows)
     main("checkpoint.pth", photos, "out.npz", "--neighbors", "near", settings={"data_name": "folder", "image_size": 64})
     similarity = cosines(np.load("out.npz")["features"])
     head, *lines = (line.split("\t") for line in Path("near/neighbors.tsv").read_text("utf-8").splitlines())
@@ -105,12 +109,25 @@ def test_neighbors_are_written_and_drawn(main, encoder, photos):
     assert lines[1][6] == "1.0000"
 
     with Image.open("near/neighbors.png") as sheet:
-        for row in range(6):
+        assert sheet.height == 148 * len(shown)
+        for place, row in enumerate(shown):
             for column, name in enumerate(lines[row][:6]):
                 view = center_view(Image.open(os.path.join(photos, NAMES[names.index(name)])), 64)
                 cell = Image.fromarray(view.permute(1, 2, 0).numpy()).resize((128, 128))
-                x, y = 132 * column + 20 * (column > 0), 148 * row
+                x, y = 132 * column + 20 * (column > 0), 148 * place
                 assert np.array_equal(np.asarray(sheet.crop((x, y, x + 128, y + 128))), np.asarray(cell))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_few_images_have_few_neighbors(n, main, tmp_path):
+    """A folder of n images must give n - 1 neighbors of each, none for a single one."""
+    for k in range(n):
+        write_image(tmp_path / "few" / f"{k}.jpg", k)
+    main("checkpoint.pth", "few", "out.npz", "--image-size", 32, "--neighbors", "near")
+    lines = [line.split("\t") for line in Path("near/neighbors.tsv").read_text().splitlines()]
+    assert [len(line) for line in lines] == [1 + 2 * (n - 1)] * (1 + n)
+    with Image.open("near/neighbors.png") as sheet:
+        assert sheet.size == (132 * n + 20, 148 * n)
 
 
 @pytest.mark.parametrize("n", [1, 2, 300])

@@ -148,8 +148,11 @@ def test_logistic_regression_is_recorded(linear, imagenet, tmp_path, capsys):
         for process in ranks:
             process.end()
     two = results(tmp_path / "two")["logistic"]
-    assert [(point["l2"], point["acc1"]) for point in two["curve"]] == [(p["l2"], p["acc1"]) for p in found["curve"]]
-    assert two["loss"] == pytest.approx(found["loss"], rel=1e-3)
+    curves = [[(point["l2"], point["acc1"]) for point in each["curve"]] for each in (two, found)]
+    shorter = min(map(len, curves))     # rounding may decide whether the last value is needed
+    assert curves[0][:shorter] == curves[1][:shorter]
+    assert abs(len(curves[0]) - len(curves[1])) <= 1
+    assert (two["l2"], two["loss"]) == (found["l2"], pytest.approx(found["loss"], rel=1e-3))
 
     few, _ = linear("--logistic", "--shots", 1, 4, "--draws", 3)
     for values in results(few)["shots"].values():
