@@ -108,6 +108,7 @@ def check(args):
          f"{one_pass}: has nothing to resume or evaluate, leave out -e and --resume (--pretrained accepts any "
          "checkpoint)"),
         (args.shots and not args.logistic, "--shots: needs --logistic, pass that too"),
+        (args.draws != PARSER.get_default("draws") and not args.shots, "--draws: needs --shots, pass that too"),
         (args.shots and args.train_percent < 100, "--shots, --train-percent: two ways to choose images, pass one"),
         (args.encoder_lr and not args.finetune, "--encoder-lr: needs --finetune, pass that too"))
 

@@ -62,6 +62,7 @@ BAD = [
     (lincls, ["--knn", "--finetune"], "--knn: has no use for --finetune"),
     (lincls, ["--logistic", "--lr", "1", "2"], "--logistic: has no use for --finetune"),
     (lincls, ["--shots", "5"], "--shots: needs --logistic"),
+    (lincls, ["--logistic", "--draws", "3"], "--draws: needs --shots"),
     (lincls, ["--knn", "--resume", "OTHER"], "--knn: has nothing to resume"),
     (lincls, ["--lr", "0.1", "0.10"], "--lr, --wd: a value is given twice"),
     (lincls, ["--encoder-lr", "0.1"], "--encoder-lr: needs --finetune"),
