@@ -31,11 +31,11 @@ _DATA = [argparse.Namespace, (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR
 _ADDED_TO_NAMES = "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
 _SAVE_ALONE = "where it was made, save the weights alone: torch.save(model.state_dict(), FILE)"
 # How files begin that are taken for checkpoints.
-_SAFETENSORS = rb".{8}\{\s*[\"}]"
+_SAFETENSORS = rb".{4}\0{4}\{\s*\""
 _OTHER_FILES = {
     rb"version https://git-lfs": "a pointer of Git LFS, not the file itself: fetch it with git lfs pull",
     rb"\s*<(!doctype|html|\?xml)": "a web page, not the file that it offers: download that",
-    _SAFETENSORS: "a safetensors file, but damaged or with an unusual type of numbers; download or copy it again",
+    _SAFETENSORS: "a damaged safetensors file, download or copy it again",
     rb"\x1f\x8b": "compressed with gzip, uncompress it with gunzip",
     rb".{257}ustar": "a tar archive, unpack it with tar and pass a file from it",
     rb"$": "empty, download or copy it again"}
@@ -144,15 +144,18 @@ def new_path(path, flag):
 
     flag: what named it, for the message. Raises InputError if it exists or, also up front, cannot be written.
     """
-    if path.exists():
-        raise InputError(f"{flag} {path}: already exists, choose a new name or remove it")
     try:
-        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=path.name[:100] + ".") as folder:
+        if path.exists():
+            raise InputError(f"{flag} {path}: already exists, choose a new name or remove it")
+        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".new-") as folder:
             part = Path(folder) / "complete"
             yield part
+            if part.is_file():
+                with open(part, "rb") as file:
+                    os.fsync(file.fileno())
             part.rename(path)
     except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be written: {error.strerror}") from error
+        raise InputError(f"{flag} {path}: cannot be written: {error.strerror or one_line(error)}") from error
 
 
 def _host_copy(state):
@@ -219,6 +222,8 @@ def _what_folder(path):
 
 def _what_file(head, error):
     """What a file is that cannot be read as a checkpoint, by its first bytes and the error, and what to do."""
+    if isinstance(error, NotImplementedError):
+        return f"a safetensors file in which {error}"
     for pattern, what in _OTHER_FILES.items():
         if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
             return what

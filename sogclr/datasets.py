@@ -66,18 +66,22 @@ def default_image_size(name):
 
 
 def mean_and_std(name):
-    """The channels' mean and standard deviation, of pixels in 0..1, that normalize the data set called `name`."""
+    """The channels' mean and standard deviation, of pixels in 0..1, that normalize the data set called `name`, or an
+    unknown one, None.
+    """
     return MEAN_STD.get(name, IMAGENET_MEAN_STD)
 
 
 def trained_on(checkpoint):
-    """The name of the data set and the image size that train.py or lincls.py recorded in a checkpoint; those of
-    ImageNet if it is from other code.
+    """The name of the data set and the image size that train.py or lincls.py recorded in a checkpoint; None and 224 if
+    it is from other code.
     """
     settings = checkpoint.get("settings")
-    if isinstance(settings, dict) and {"data_name", "image_size"} <= settings.keys():
-        return settings["data_name"], settings["image_size"]
-    return "imagenet1000", default_image_size("imagenet1000")
+    if isinstance(settings, dict):
+        name, image_size = settings.get("data_name"), settings.get("image_size")
+        if isinstance(name, str) and isinstance(image_size, int):
+            return name, image_size
+    return None, 224
 
 
 def open_train_and_val(name, folder, image_size=None, train=None):
@@ -105,10 +109,7 @@ def _image_folder(name, folder, split, labels):
             raise InputError(f"--data {folder}: has no folder '{split}', it must contain {split}/<class>/<image files>"
                              + " (to pretrain on images without classes use --data_name folder)" * (name != "folder"))
         root = folder
-    try:
-        images = ImageFiles(root, labels)
-    except OSError as error:
-        raise InputError(f"--data {root}: cannot be listed: {os.fsdecode(error.filename)}: {error.strerror}") from error
+    images = ImageFiles(root, labels)
     classes = {"imagenet1000": 1000, "imagenet100": 100}.get(name)
     if split == "train" and classes not in (None, len(images.classes)):
         log(f"=> note: {root} has {len(images.classes)} classes, not the {classes} of {name}; "

@@ -29,7 +29,7 @@ class ImageFiles:
     root: the folder; labels: whether its subfolders are classes (else every image has label 0, and images may be
     anywhere in it); flag: what named the folder, for messages. Hidden files and folders, those that systems add, and
     links to folders above or that are listed already (in the same class) are left out, which is logged. Raises
-    InputError if there are no images, or a class has none; OSError if a folder cannot be read.
+    InputError if there are no images, a class has none, or a folder cannot be read.
 
     The names are one byte array and the rest are number arrays. Forked workers share their pages with the parent and,
     with no reference counts to update, never copy them; each would copy a list of 14 million Python strings. Memory for
@@ -39,28 +39,33 @@ class ImageFiles:
 
     def __init__(self, root, labels, flag="--data"):
         self.root, left_out = os.fsencode(root), _LeftOut()
+        prefix = len(os.path.join(self.root, b""))      # one separator, which the root may already end in
         above = _with_parents(real := os.path.realpath(self.root))
         if not labels:
             above.remove(real)      # where the listing starts
-        self.classes = sorted(_classes(self.root, above, left_out)) if labels else ["."]
-        if not self.classes:
-            raise InputError(f"{flag} {root}: has no class folders, it must contain <class>/<image files>")
         names, ends, targets = bytearray(), array("q", [0]), array("i")
-        last_line = time.monotonic()
-        for label, folder in enumerate(self.classes):
-            before = len(targets)
-            start = os.path.join(self.root, os.fsencode(folder)) if labels else self.root
-            for path in _image_paths(start, above, left_out):
-                names += path[len(self.root) + 1:]
-                ends.append(len(names))
-                targets.append(label)
-                if not len(targets) % 4096 and time.monotonic() - last_line > 5:
-                    last_line = time.monotonic()
-                    log(f"=> listing {root}: {len(targets)} images, folder {label + 1} of {len(self.classes)}")
-            if len(targets) == before:
-                raise InputError(f"{flag} {root}: contains no images" + (f" of class {folder!r}" if labels else "")
-                                 + f" (files named {', '.join(IMG_EXTENSIONS)})"
-                                 + "".join(f"; {line}" for line in left_out.lines(0)))
+        try:
+            self.classes = sorted(_classes(self.root, above, left_out)) if labels else ["."]
+            if not self.classes:
+                raise InputError(f"{flag} {root}: has no class folders, it must contain <class>/<image files>")
+            last_line = time.monotonic()
+            for label, folder in enumerate(self.classes):
+                before = len(targets)
+                start = os.path.join(self.root, os.fsencode(folder)) if labels else self.root
+                for path in _image_paths(start, above, left_out):
+                    names += path[prefix:]
+                    ends.append(len(names))
+                    targets.append(label)
+                    if not len(targets) % 4096 and time.monotonic() - last_line > 5:
+                        last_line = time.monotonic()
+                        log(f"=> listing {root}: {len(targets)} images, folder {label + 1} of {len(self.classes)}")
+                if len(targets) == before:
+                    raise InputError(f"{flag} {root}: contains no images" + (f" of class {folder!r}" if labels else "")
+                                     + f" (files named {', '.join(IMG_EXTENSIONS)})"
+                                     + "".join(f"; {line}" for line in left_out.lines(0)))
+        except OSError as error:
+            raise InputError(f"{flag} {root}: cannot be listed: {os.fsdecode(error.filename)}: {error.strerror}"
+                             ) from error
         for line in left_out.lines(len(targets)):
             log(f"=> note: {root}: {line}")
         self.names = np.frombuffer(names, dtype=np.uint8)

@@ -122,7 +122,8 @@ def add_loading_flags(group):
                        help="data loading processes on this machine, shared by its ranks: at most one per core, but at "
                             "least one per rank if not 0")
     group.add_argument("--bad-images", default="stop", choices=("stop", "skip"),
-                       help="on an unreadable file: stop, or skip and report it (more than 1%% stop anyway)")
+                       help="on an unreadable file: stop, or skip and report it (several, and more than 1%% of all, "
+                            "stop anyway)")
 
 
 def add_shared_flags(parser, *, batch_size, epochs, lr, weight_decay, lr_help, momentum_of, several=False):

@@ -257,7 +257,7 @@ class Loader:
     with each; order: `EpochSampler`'s seed, shuffle, drop_last.
     """
 
-    MOST_BAD = 0.01     # fraction of a rank's images in an epoch; more stop the run even if skipped
+    MOST_BAD = 0.01     # fraction of a rank's images in an epoch, at least one; more stop the run even if skipped
     MOST_WARNINGS = 20
 
     def __init__(self, batches, batch_size, workers, device, keep_workers=False, **order):
@@ -285,7 +285,7 @@ class Loader:
         InputError, or one for too many bad images.
         """
         self.sampler.epoch, self.sampler.first_step = epoch, first_step
-        allowed, bad_now = self.MOST_BAD * self.num_images / world_size(), 0
+        allowed, bad_now = max(1, self.MOST_BAD * self.num_images / world_size()), 0
         for batch in self.loader:
             if isinstance(batch, InputError):
                 raise batch

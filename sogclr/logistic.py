@@ -43,16 +43,18 @@ class LogisticEvaluation:
         """Evaluate with all training images, with the l2 of the least cross-entropy on a fifth of each class's, held
         out from the search. Accuracy would choose by chance: among few images it hardly differs.
 
-        seed: of which are held out. Returns what `evaluate` does, their number, and the curve over l2.
+        seed: of which are held out. Returns what `evaluate` does, their number, and the curve over l2 with what
+        `measure` returns for them.
         """
         held, weights, curve = held_out(self.targets, seed), None, []
         rows = np.arange(len(self.targets))
         kept, others = self.part(rows[~held]), self.part(rows[held])
         for l2 in L2:
             weights, outcome = fit(*kept, self.num_classes, l2, self.variances, weights)    # starts at the last one
-            curve.append({"l2": l2, **measure(weights, *others), **outcome})
-            chosen = min(curve, key=lambda point: point["loss"])
-            if curve[-1]["loss"] > chosen["loss"] + OVERFITTED:
+            measured = {f"held_out_{name}": value for name, value in measure(weights, *others).items()}
+            curve.append({"l2": l2, **measured, **outcome})
+            chosen = min(curve, key=lambda point: point["held_out_loss"])
+            if curve[-1]["held_out_loss"] > chosen["held_out_loss"] + OVERFITTED:
                 break
         return {**self.evaluate(rows, chosen["l2"], weights), "held_out": int(held.sum()), "curve": curve}
 

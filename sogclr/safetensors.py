@@ -15,8 +15,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def read(path):
-    """Read a file's tensors, {name: tensor} on the CPU. Raises ValueError if the header does not describe the file,
-    KeyError or TypeError if it is of another form, or has a type of numbers that is not supported.
+    """Read a file's tensors, {name: tensor} on the CPU. Raises ValueError or another exception if the header does not
+    describe the file, NotImplementedError if a type of numbers is not supported.
     """
     tensors, end = {}, 0
     with open(path, "rb") as file:
@@ -24,6 +24,8 @@ def read(path):
         header = json.loads(file.read(min(length, os.path.getsize(path))))
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in _DTYPES:
+                raise NotImplementedError(f"{name} is of type {entry['dtype']}, convert it to F32")
             dtype, shape, (begin, stop) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             content = bytearray(file.read(math.prod(shape) * dtype.itemsize))
             if begin != end or stop - begin != len(content) or min(shape, default=0) < 0:

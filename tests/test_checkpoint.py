@@ -169,7 +169,7 @@ def test_other_files_are_refused(tmp_path, content):
 @pytest.mark.parametrize(("content", "what"), [
     (b"", "empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "a pointer of Git LFS"),
     (b"\n<!DOCTYPE html><html>", "a web page"), (b"<html>", "a web page"),
-    (b'\x40\0\0\0\0\0\0\0{"conv1.weight":{"dtype":"F32"}}', "a safetensors file"),
+    (b'\x40\0\0\0\0\0\0\0{"conv1.weight":{"dtype":"F32"}}', "a damaged safetensors file"),
     (b"\x1f\x8b\x08", "compressed with gzip"), (bytes(257) + b"ustar", "a tar archive"),
     (b"PK\x03\x04", "damaged or of another kind")])
 def test_what_a_file_is_instead(tmp_path, content, what):

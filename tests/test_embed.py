@@ -28,7 +28,7 @@ def encoder():
 
 @pytest.fixture
 def photos(tmp_path):
-    """Seven images in nested folders, one of them a copy, and one whose name is neither UTF-8 nor printable."""
+    """Six images in nested folders, one of them a copy, and one whose name is neither UTF-8 nor printable."""
     folder = tmp_path / "photos"
     for k, name in enumerate(("b.jpg", "a/x.jpg", "a/y.jpg", "c/d/e.jpg", "z.jpg")):
         write_image(folder / name, k, (90, 70))
@@ -79,7 +79,7 @@ def test_features_are_those_of_each_image(settings, flags, size, statistics, mai
     """Every image's features, from crops of the size and with the normalization that the checkpoint or a flag says,
     beside its path, in order.
     """
-    main("checkpoint.pth", photos, "out.npz", *flags, settings=settings)
+    main("checkpoint.pth", f"{photos}/", "out.npz", *flags, settings=settings)
     loaded = np.load("out.npz")
     assert loaded["paths"].tolist() == NAMES
     assert loaded["features"].dtype == np.float32
@@ -145,14 +145,13 @@ def test_nearest_in_parts(n, monkeypatch):
     assert np.allclose(values, np.take_along_axis(similarity, expected, 1), rtol=0, atol=1e-6)
 
 
-def test_a_bad_file_stops_or_is_left_out(main, photos, monkeypatch, capsys):
+def test_a_bad_file_stops_or_is_left_out(main, photos, capsys):
     """By default one line that names it, and nothing is written; with --bad-images skip all others."""
     (photos / "a" / "bad.jpg").write_bytes(b"no image")
     with pytest.raises(SystemExit, match="2"):
         main("checkpoint.pth", photos, "out.npz", "--neighbors", "near")
     assert "a/bad.jpg: not a readable image" in capsys.readouterr().err
     assert sorted(os.listdir()) == ["checkpoint.pth", "photos"]
-    monkeypatch.setattr(embed.Loader, "MOST_BAD", 0.5)
     main("checkpoint.pth", photos, "out.npz", "--neighbors", "near", "--bad-images", "skip")
     assert "=> skipped " in capsys.readouterr().err
     loaded = np.load("out.npz")
@@ -166,8 +165,8 @@ def test_progress_is_reported(capsys, monkeypatch):
     encode = embed.Reporting(lambda images: images, 240)
     for _ in range(4):
         encode(torch.zeros(60))
-    assert capsys.readouterr().out.splitlines() == ["=> 120 of 240 images, 10 images/s, ETA 0:00:12",
-                                                    "=> 240 of 240 images, 10 images/s, ETA 0:00:00"]
+    assert capsys.readouterr().out.splitlines() == ["=> 120 of 240 images, 10.0 images/s, ETA 0:00:12",
+                                                    "=> 240 of 240 images, 10.0 images/s, ETA 0:00:00"]
 
 
 @pytest.mark.parametrize(("args", "message"), [
@@ -176,7 +175,9 @@ def test_progress_is_reported(capsys, monkeypatch):
     (["checkpoint.pth", "empty", "out.npz"], "DIR empty: contains no images (files named .jpg"),
     (["checkpoint.pth", "photos", "photos"], "OUT.npz photos: already exists, choose a new name or remove it"),
     (["checkpoint.pth", "photos", "nowhere/out.npz"], "OUT.npz nowhere/out.npz: cannot be written: No such file"),
-    (["checkpoint.pth", "photos", "out.npz", "--neighbors", "empty"], "--neighbors empty: already exists")])
+    (["checkpoint.pth", "photos", 300 * "o"], f"OUT.npz {300 * 'o'}: cannot be written: File name too long"),
+    (["checkpoint.pth", "photos", "out.npz", "--neighbors", "empty"], "--neighbors empty: already exists"),
+    (["checkpoint.pth", "photos", "out.npz", "--neighbors", "out.npz"], "--neighbors out.npz: is OUT.npz, too")])
 def test_bad_input_is_one_line(args, message, main, photos, tmp_path, capsys):
     """Exit code 2, one line that names the argument, and no file that was not there before."""
     (tmp_path / "empty").mkdir()
@@ -186,6 +187,14 @@ def test_bad_input_is_one_line(args, message, main, photos, tmp_path, capsys):
     assert error.startswith("embed.py: error: " + message)
     assert error.count("\n") == 1
     assert sorted(os.listdir()) == ["checkpoint.pth", "empty", "photos"]
+
+
+def test_what_is_assumed_is_said(main, photos, capsys):
+    """A checkpoint that does not record its images must be named as such, unless a flag says them."""
+    for flags, settings, said in (([], {}, True), (["--data_name", "shapes"], {}, False),
+                                  ([], {"data_name": "folder", "image_size": 64}, False)):
+        main("checkpoint.pth", photos, f"out{len(os.listdir())}.npz", *flags, settings=settings)
+        assert ("ImageNet's normalization is assumed" in capsys.readouterr().out) == said
 
 
 @pytest.mark.slow

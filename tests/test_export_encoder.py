@@ -64,6 +64,7 @@ def test_torchvision_has_bit_equal_features(stem, export, tmp_path, capsys):
 @pytest.mark.parametrize(("settings", "size", "crop", "red"), [
     ({"data_name": "folder", "image_size": 64}, 64, 0.875, 0.485),
     ({"data_name": "cifar10", "image_size": 32}, 32, 1.0, 0.4914),
+    ({"data_name": "folder", "image_size": None}, 224, 0.875, 0.485),
     ({}, 224, 0.875, 0.485)])
 def test_timm_gets_what_the_checkpoint_records(settings, size, crop, red, export, tmp_path):
     """The two files must name the architecture and the pretraining's images, ImageNet's if it records none, and hold

@@ -148,7 +148,7 @@ def test_logistic_regression_is_recorded(linear, imagenet, tmp_path, capsys):
         for process in ranks:
             process.end()
     two = results(tmp_path / "two")["logistic"]
-    curves = [[(point["l2"], point["acc1"]) for point in each["curve"]] for each in (two, found)]
+    curves = [[(point["l2"], point["held_out_acc1"]) for point in each["curve"]] for each in (two, found)]
     shorter = min(map(len, curves))     # rounding may decide whether the last value is needed
     assert curves[0][:shorter] == curves[1][:shorter]
     assert abs(len(curves[0]) - len(curves[1])) <= 1

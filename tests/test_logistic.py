@@ -81,7 +81,8 @@ def test_l2_is_the_best_of_all_on_held_out_images(seed):
     kept, others = (evaluation.part(np.flatnonzero(part)) for part in (~held, held))
     losses = [measure(fit(*kept, K, l2, evaluation.variances)[0], *others)["loss"] for l2 in logistic.L2]
     assert results["l2"] == logistic.L2[np.argmin(losses)]
-    assert [point["loss"] for point in results["curve"]] == pytest.approx(losses[:len(results["curve"])], rel=1e-4)
+    curve = [point["held_out_loss"] for point in results["curve"]]
+    assert curve == pytest.approx(losses[:len(curve)], rel=1e-4)
     with_all = evaluation.evaluate(np.arange(40), results["l2"])
     assert results["loss"] == pytest.approx(with_all["loss"], rel=1e-4)
 

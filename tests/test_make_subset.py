@@ -57,7 +57,7 @@ def test_image_files_are_linked(imagenet, tmp_path, monkeypatch):
 def test_what_is_missing_gives_one_line(flags, message, imagenet, tmp_path, monkeypatch, capsys):
     """Too many images or too few, or no data set, must exit with code 2 and leave nothing."""
     with pytest.raises(SystemExit, match="2"):
-        make(monkeypatch, tmp_path / "part", "--data_name", "imagenet1000", "--data", imagenet, *flags)
+        make(monkeypatch, tmp_path / "new" / "part", "--data_name", "imagenet1000", "--data", imagenet, *flags)
     assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 

@@ -8,8 +8,8 @@ CHECKPOINT is from train.py or lincls.py, or any other that lincls.py accepts as
 With --neighbors the new folder NEW gets neighbors.tsv, a row per image with its five nearest by cosine similarity, and
 neighbors.png, which shows up to 20 of these rows.
 
-Runs on the first visible GPU, else on the CPU, in float32. The features stay there until all are computed: 4 n C bytes,
-10 GB for ImageNet-1K and C = 2048, and twice as much with --neighbors.
+Runs on the first visible GPU, else on the CPU, in float32 (TF32 on a GPU). The features stay there until all are
+computed: 4 n C bytes, 10 GB for ImageNet-1K and C = 2048, and twice as much with --neighbors.
 """
 
 import os
@@ -60,7 +60,7 @@ class Reporting:
         now = time.monotonic()
         if now - self.last > (0.2 if self.live else 10):
             self.last, speed = now, self.done / (now - self.start)
-            log(f"=> {self.done} of {self.total} images, {speed:.0f} images/s, ETA "
+            log(f"=> {self.done} of {self.total} images, {speed:.1f} images/s, ETA "
                 f"{clock((self.total - self.done) / speed)}", live=self.live)
         return features
 
@@ -108,16 +108,11 @@ def contact_sheet(view, paths, similarity, rows):
     return sheet
 
 
-def list_images(folder):
-    try:
-        return ImageFiles(folder, labels=False, flag="DIR")
-    except OSError as error:
-        raise InputError(f"DIR {folder}: cannot be listed: {os.fsdecode(error.filename)}: {error.strerror}") from error
-
-
 @torch.inference_mode()
 def embed(args, device, npz, folder):
-    """Write the features to the file `npz` and, unless it is None, their neighbors to the new folder `folder`."""
+    """Write the features to the file `npz` and, unless it is None, their neighbors to the new folder `folder`. Returns
+    what was done, as text.
+    """
     begin = time.monotonic()
     source, loaded = f"CHECKPOINT {args.checkpoint}", checkpoint.load(args.checkpoint, "CHECKPOINT")
     state = encoder_state(loaded, source)
@@ -125,7 +120,7 @@ def embed(args, device, npz, folder):
     name, size = trained_on(loaded)
     if args.data_name:
         name, size = args.data_name, default_image_size(args.data_name)
-    images = list_images(args.dir)
+    images = ImageFiles(args.dir, labels=False, flag="DIR")
     data = ImageSet(Numbered(images), args.image_size or size, *mean_and_std(name))
 
     network = resnet(arch, stem)
@@ -135,6 +130,8 @@ def embed(args, device, npz, folder):
     encoder = Encoder(network, Normalize(data.mean, data.std), torch.float32).to(device).eval()
     log(f"=> {arch} with {stem} stem, on {device_name(device)}: {len(images)} images of {data.image_size} pixels, "
         f"normalized as {name if name in MEAN_STD else 'ImageNet'}")
+    if name is None:
+        log("=> note: ImageNet's normalization is assumed, the checkpoint records none; for others pass --data_name")
 
     loader = Loader(LabeledBatches(data, bad_images=args.bad_images), args.batch_size, args.workers, device)
     features, index = extract(Reporting(encoder, len(images)), loader, torch.float32)
@@ -148,7 +145,7 @@ def embed(args, device, npz, folder):
         write_table(folder / "neighbors.tsv", paths, *neighbors)
         contact_sheet(lambda row: center_view(images[index[row]][0], data.image_size), paths, *neighbors).save(
             folder / "neighbors.png")
-    log(f"=> {args.out}: {features.shape[1]} features of {len(paths)} images, in {time.monotonic() - begin:.1f} s")
+    return f"{features.shape[1]} features of {len(paths)} images, in {time.monotonic() - begin:.1f} s"
 
 
 def main():
@@ -162,17 +159,20 @@ def main():
                         help="the data set whose normalization and image size to use (default: that which the "
                              "checkpoint records, imagenet1000 if it records none)")
     parser.add_argument("--image-size", type=number(int, "[8, inf)"), metavar="PIXELS",
-                        help="size of the square center crops (default: that of the data set, or which the checkpoint "
-                             "records)")
+                        help="size of the square center crops (default: that of --data_name, or which the checkpoint "
+                             "records, 224 if it records none)")
     parser.add_argument("-b", "--batch-size", default=256, type=number(int, "[1, inf)"), metavar="N",
                         help="images encoded at a time")
     add_loading_flags(parser)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.neighbors and args.neighbors.absolute() == args.out.absolute():
+        parser.error(f"--neighbors {args.neighbors}: is OUT.npz, too, choose another name")
     try:
         with (new_path(args.out, "OUT.npz") as npz,
               new_path(args.neighbors, "--neighbors") if args.neighbors else nullcontext() as folder):
-            embed(args, device, npz, folder)
+            done = embed(args, device, npz, folder)
+        log(f"=> {args.out}: {done}" + f", neighbors in {args.neighbors}" * bool(args.neighbors))
     except InputError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -60,15 +60,15 @@ def main():
     parser.add_argument("--held-out", action="store_true", help="take the validation images from the training split")
     args = parser.parse_args()
     try:
+        train = open_data_set(args.data_name, args.data, "train").images
+        train_indices = draw(train, args.train)
+        if args.held_out:
+            val, val_indices = train, draw(train, args.val, but=train_indices)
+        else:
+            val = open_data_set(args.data_name, args.data, "val").images
+            val_indices = draw(val, args.val)
         args.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         with new_path(args.folder, "DST") as part:
-            train = open_data_set(args.data_name, args.data, "train").images
-            train_indices = draw(train, args.train)
-            if args.held_out:
-                val, val_indices = train, draw(train, args.val, but=train_indices)
-            else:
-                val = open_data_set(args.data_name, args.data, "val").images
-                val_indices = draw(val, args.val)
             write(train, train_indices, part / "train")
             write(val, val_indices, part / "val")
     except InputError as error:
