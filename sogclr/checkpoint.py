@@ -222,7 +222,7 @@ def _what_folder(path):
 
 def _what_file(head, error):
     """What a file is that cannot be read as a checkpoint, by its first bytes and the error, and what to do."""
-    if isinstance(error, NotImplementedError):
+    if re.match(_SAFETENSORS, head, re.DOTALL) and isinstance(error, NotImplementedError):
         return f"a safetensors file in which {error}"
     for pattern, what in _OTHER_FILES.items():
         if re.match(pattern, head, re.DOTALL | re.IGNORECASE):

@@ -71,8 +71,7 @@ def export(args):
         if stem == "cifar" and args.format != "torchvision":
             raise InputError(f"--format {args.format}: {args.checkpoint} has the cifar stem, unlike {args.format}'s "
                              "ResNet")
-        # In the usual dtype and layout, whatever the checkpoint's: a GPU trains in channels_last. Counters stay
-        # integers.
+        # In the usual dtype and layout, whatever the checkpoint's (a GPU trains in channels_last); counters stay as is.
         state = {key: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True,
                                memory_format=torch.contiguous_format) for key, value in state.items()}
         if args.format == "torchvision":
