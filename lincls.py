@@ -46,6 +46,8 @@ from sogclr.subset import Subset, balanced_indices, shot_indices
 
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "best_acc1", "best_epoch")
 PROTOCOL_FLAGS = ("features", "train_percent", "finetune", "encoder_lr")
+# Settings without effect, and recorded as none, where SGD has nothing to train: with --knn and --logistic.
+SGD_FLAGS = ("features", "lr", "momentum", "weight_decay", "epochs")
 # Settings that a resumed run must share with its checkpoint, since they change the results.
 RESUME_FLAGS = ("arch", "image_size", "batch_size", "epochs", "lr", "momentum", "weight_decay", "precision", "seed",
                 *PROTOCOL_FLAGS)
@@ -205,6 +207,8 @@ class Evaluation:
         self.settings = vars(args) | {"seed": run.seed, "precision": precision, "stem": stem, "image_size": image_size,
                                       "images": fingerprint,
                                       "encoder_lr": (args.encoder_lr or args.lr / 10) if args.finetune else None}
+        if args.knn or args.logistic:
+            self.settings.update(dict.fromkeys(SGD_FLAGS))
         log(f"=> {self.protocol}, encoder {args.pretrained or run.resume or 'random'} "
             f"({args.arch}, {stem} stem, {precision}), on {report.device_names(device)}")
         log(f"=> {args.data_name}: {len(self.train_data.images)} training and {len(self.val_data.images)} validation "

@@ -139,7 +139,8 @@ def test_knn_needs_no_training(linear):
 def test_logistic_regression_is_recorded(linear, imagenet, tmp_path, capsys):
     """Its search over all images, the mean and deviation of few of them, and the same accuracies on two ranks."""
     folder, lines = linear("--logistic", "--resume", "auto")
-    found = results(folder)["logistic"]
+    found, settings = results(folder)["logistic"], results(folder)["settings"]
+    assert {settings[name] for name in ("features", "lr", "weight_decay", "epochs")} == {None}      # had no effect
     assert lines[-1] == ("=> logistic regression: Acc@1 {acc1:.3f} Acc@5 100.000, L2 {l2:.3g}, chosen on 3 held-out "
                          "training images".format(**found))
     assert (found["held_out"], found["converged"]) == (3, True)         # of 3 classes with 8 images, one each
