@@ -8,7 +8,7 @@ A randomly initialized encoder, for comparison: leave out --pretrained.
 
 Eight learning rates in one pass, the quick protocol, nearest neighbors, logistic regression, which has no learning
 rate, and fine-tuning on 10 % of the images:
-    python lincls.py --data DIR --pretrained ... --lr 0.03 0.1 0.3 1 3 10 30 100
+    python lincls.py --data DIR --pretrained ... --lr 0.001 0.003 0.01 0.03 0.1 0.3 1 3
     python lincls.py --data DIR --pretrained ... --features cached
     python lincls.py --data DIR --pretrained ... --knn
     python lincls.py --data DIR --pretrained ... --logistic
@@ -37,12 +37,12 @@ from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, num
 from sogclr.knn import evaluate_knn
 from sogclr.launch import launch
 from sogclr.loader import LabeledBatches, Loader, check_batch_size
-from sogclr.logistic import LogisticEvaluation, mean_and_deviation
+from sogclr.logistic import LogisticEvaluation
 from sogclr.meters import AverageMeter, Progress, correct_in_top
 from sogclr.optimizer import lr_at
 from sogclr.parallel import data_parallel
 from sogclr.run import Run, file_name
-from sogclr.subset import Subset, balanced_indices, shot_indices
+from sogclr.subset import Subset, balanced_indices
 
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "best_acc1", "best_epoch")
 PROTOCOL_FLAGS = ("features", "train_percent", "finetune", "encoder_lr")
@@ -303,14 +303,12 @@ def evaluate_logistic(evaluation):
             "training images".format(**results))
         fits = [results, *results["curve"]]
     else:
-        draws = {shots: [logistic.evaluate(shot_indices(targets, shots, seed + draw)) for draw in range(args.draws)]
-                 for shots in args.shots}
-        results = {shots: mean_and_deviation(some) | {"draws": some} for shots, some in draws.items()}
+        results = {shots: logistic.few_shots(shots, args.draws, seed) for shots in args.shots}
         evaluation.write_results(file, shots=results)
         for shots, values in results.items():
             log(f"=> {shots} images per class: " + "Acc@1 {acc1:.3f} ± {acc1_deviation:.3f} Acc@5 {acc5:.3f} ± "
                 "{acc5_deviation:.3f}".format(**values) + f", {args.draws} draws")
-        fits = [fit for some in draws.values() for fit in some]
+        fits = [fit for values in results.values() for fit in values["draws"]]
     unfinished = [fit["gradient_norm"] for fit in fits if not fit["converged"]]
     if unfinished:
         log(f"=> note: {len(unfinished)} of {len(fits)} fits ended before they converged, with gradient norms up to "

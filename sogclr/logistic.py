@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from sogclr import InputError
 from sogclr.distributed import all_reduce_sum, rank, world_size
 from sogclr.meters import correct_in_top
-from sogclr.subset import held_out
+from sogclr.subset import held_out, shot_indices
 
 L2 = tuple(10 ** (5 - k / 4) for k in range(45))    # 1e5 to 1e-6, from strong to weak
 OVERFITTED = 0.1    # the search ends where the held-out cross-entropy is so much above the least
@@ -57,6 +57,18 @@ class LogisticEvaluation:
             if curve[-1]["held_out_loss"] > chosen["held_out_loss"] + OVERFITTED:
                 break
         return {**self.evaluate(rows, chosen["l2"], weights), "held_out": int(held.sum()), "curve": curve}
+
+    def few_shots(self, shots, draws, seed):
+        """Evaluate with `shots` training images of each class, drawn by seed, seed + 1, ... Returns the mean and the
+        standard deviation of the accuracies, and each draw's results, as from `evaluate`.
+        """
+        results = [self.evaluate(shot_indices(self.targets, shots, seed + draw)) for draw in range(draws)]
+        summary = {}
+        for name in ("acc1", "acc5"):
+            values = [result[name] for result in results]
+            summary[name] = statistics.mean(values)
+            summary[f"{name}_deviation"] = statistics.stdev(values) if draws > 1 else float("nan")
+        return {**summary, "draws": results}
 
     def evaluate(self, rows, l2=FEW_SHOT_L2, start=None):
         """Fit the training images with these indices, and return a dict: l2, what `measure` returns for the validation
@@ -148,11 +160,3 @@ def measure(weights, features, labels):
         sums[3] += len(y)
     top1, top5, loss, seen = all_reduce_sum(sums).tolist()
     return {"acc1": 100 * top1 / seen, "acc5": 100 * top5 / seen, "loss": loss / seen}
-
-
-def mean_and_deviation(results):
-    """Mean and standard deviation of the accuracies of several evaluations."""
-    columns = {key: [result[key] for result in results] for key in ("acc1", "acc5")}
-    means = {key: statistics.mean(values) for key, values in columns.items()}
-    return means | {f"{key}_deviation": statistics.stdev(values) if len(values) > 1 else float("nan")
-                    for key, values in columns.items()}

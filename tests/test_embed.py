@@ -77,7 +77,7 @@ def cosines(features):
     ({}, ["--batch-size", 4], 224, IMAGENET_MEAN_STD)])
 def test_features_are_those_of_each_image(settings, flags, size, statistics, main, encoder, photos):
     """Every image's features, from crops of the size and with the normalization that the checkpoint or a flag says,
-    beside its path, in order.
+    next to its path, in order.
     """
     main("checkpoint.pth", f"{photos}/", "out.npz", *flags, settings=settings)
     loaded = np.load("out.npz")
