@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Self-supervised pretraining of a ResNet with SogCLR (arXiv 2202.12387), or with SimCLR for comparison.
+"""Self-supervised pretraining of a ResNet with SogCLR (arXiv 2202.12387), iSogCLR (2305.11965), or SimCLR.
 
 One machine, all its GPUs, the paper's ImageNet-1K recipe (the defaults):
     python train.py --data DIR
@@ -12,6 +12,7 @@ Two machines of 8 GPUs:
 """
 
 import itertools
+import math
 import os
 import resource
 import sys
@@ -26,24 +27,26 @@ from sogclr.augment import Augment, pil_recipe
 from sogclr.builder import SimCLR, choose_stem, memory_format, resnet
 from sogclr.datasets import open_data_set, open_train_and_val
 from sogclr.distributed import broadcast_int, log, world_size
-from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, resolve_precision
+from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, refuse, resolve_precision
+from sogclr.isogclr import RobustGlobalContrastiveLoss
 from sogclr.launch import launch
-from sogclr.loader import Loader, TwoViewBatches, check_batch_size
-from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, alignment_and_uniformity, gamma_at
+from sogclr.loader import LabeledBatches, Loader, TwoViewBatches, check_batch_size
+from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, gamma_at
 from sogclr.meters import AverageMeter, NanGuard, Progress
-from sogclr.monitor import FeatureMonitor
+from sogclr.monitor import FeatureMonitor, alignment_and_uniformity
 from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
 from sogclr.parallel import data_parallel
 from sogclr.run import Run, file_name
 
 DRY_STEPS, DRY_SECONDS = 12, 60     # what --dry-run measures at least, unless its time is up; it does two steps anyway
-METHODS = {"dcl": "sogclr", "cl": "simclr"}     # --loss_type: name of the method
-CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")     # and u with dcl
+METHODS = {"dcl": "sogclr", "cl": "simclr", "isogclr": "isogclr"}      # --loss_type: name of the method
+ISOGCLR_FLAGS = ("rho", "t_min", "t_max", "t_lr", "t_beta")
+CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")     # and u, but with cl
 # Settings that a resumed run must share with its checkpoint, since they change the results.
 RESUME_FLAGS = ("data_name", "arch", "stem", "dim", "mlp_dim", "num_proj_layers", "loss_type", "t", "gamma",
                 "gamma_schedule", "gamma_decay_epochs", "image_size", "crop_min", "augment", "optimizer", "batch_size",
                 "epochs", "lr", "learning_rate_scaling", "momentum", "weight_decay", "warmup_epochs", "precision",
-                "seed")
+                "seed", *ISOGCLR_FLAGS)
 
 
 def build_parser():
@@ -66,14 +69,27 @@ def build_parser():
 
     method = parser.add_argument_group("method")
     method.add_argument("--loss_type", default="dcl", choices=tuple(METHODS),
-                        help="dcl is SogCLR's global (dynamic) contrastive loss, cl is SimCLR's")
-    method.add_argument("--t", default=0.1, type=number(float, "(0, inf)"), metavar="T", help="temperature")
+                        help="dcl is SogCLR's global (dynamic) contrastive loss, isogclr the robust one of iSogCLR, "
+                             "which learns a temperature for each image, cl is SimCLR's")
+    method.add_argument("--t", default=0.1, type=number(float, "(0, inf)"), metavar="T",
+                        help="temperature; with isogclr, the one that all images start from")
     method.add_argument("--gamma", default=0.9, type=number(float, "(0, 1]"),
-                        help="weight of the new value in dcl's moving averages u")
+                        help="weight of the new value in the moving averages u of dcl and isogclr")
     method.add_argument("--gamma-schedule", default="constant", choices=("constant", "cosine"),
                         help="cosine decays gamma from 1 to --gamma over --gamma-decay-epochs, then holds it")
     method.add_argument("--gamma-decay-epochs", type=number(int, "[1, inf)"), metavar="N",
                         help="length of --gamma-schedule cosine (default: half of --epochs)")
+    method.add_argument("--rho", default=0.3, type=number(float, "[0, inf)"),
+                        help="isogclr: an image's temperature rises while the softmax over its negatives is more than "
+                             "this from uniform, in nats (KL divergence), and falls while it is less")
+    method.add_argument("--t-min", default=0.05, type=number(float, "(0, inf)"), metavar="T",
+                        help="isogclr: the lowest temperature")
+    method.add_argument("--t-max", default=0.7, type=number(float, "(0, inf)"), metavar="T",
+                        help="isogclr: the highest temperature")
+    method.add_argument("--t-lr", default=0.01, type=number(float, "[0, inf)"), metavar="LR",
+                        help="isogclr: learning rate of the temperatures")
+    method.add_argument("--t-beta", default=0.9, type=number(float, "(0, 1]"), metavar="BETA",
+                        help="isogclr: weight of the new value in the moving averages of the temperatures' gradients")
     method.add_argument("--crop-min", default=0.08, type=number(float, "(0, 1]"), metavar="FRACTION",
                         help="minimum crop area as a fraction of the image")
     method.add_argument("--augment", default="batched", choices=("batched", "pil"),
@@ -99,11 +115,12 @@ def run_name(args):
             f"_E{args.epochs}_WR{args.warmup_epochs}_lr_{args.lr:g}_{args.learning_rate_scaling}"
             f"_wd_{args.weight_decay:g}_t_{args.t:g}_g_{args.gamma:g}_m_{args.momentum:g}_{args.optimizer}")
     name += non_defaults(PARSER, args, ("num_proj_layers", "crop_min", "stem", "image_size", "precision", "augment",
-                                        "gamma_schedule", "gamma_decay_epochs", "seed"))
+                                        "gamma_schedule", "gamma_decay_epochs", *ISOGCLR_FLAGS, "seed"))
     return file_name(name, 255 - len("linear_eval_"))       # which lincls.py puts before it
 
 
 def main_worker(args, device):
+    check_temperatures(args)
     # Data: the workers make two uint8 crops per image, and color augmentation runs on the device.
     data = open_data_set(args.data_name, args.data, "train", args.image_size, labels=args.data_name != "folder")
     check_batch_size(args.batch_size, len(data.images))
@@ -124,6 +141,9 @@ def main_worker(args, device):
     model = SimCLR(encoder, args.dim, args.mlp_dim, args.num_proj_layers).to(device, memory_format=layout)
     if args.loss_type == "dcl":
         criterion = GlobalContrastiveLoss(len(data.images), args.t, args.gamma).to(device)
+    elif args.loss_type == "isogclr":
+        criterion = RobustGlobalContrastiveLoss(len(data.images), args.t, args.gamma, args.rho, args.t_min, args.t_max,
+                                                args.t_lr, args.t_beta).to(device)
     else:
         criterion = ContrastiveLoss(args.t)
     peak_lr = scaled_lr(args.lr, args.batch_size, args.learning_rate_scaling)
@@ -134,6 +154,8 @@ def main_worker(args, device):
     settings = vars(args) | {"seed": run.seed, "precision": precision, "stem": stem, "image_size": data.image_size,
                              "gamma_decay_epochs": args.gamma_decay_epochs or max(args.epochs // 2, 1),
                              "images": data.fingerprint}
+    if args.loss_type != "isogclr":
+        settings |= dict.fromkeys(ISOGCLR_FLAGS)
     guard = NanGuard(device, f"--lr {args.lr:g}: try a smaller one, a longer --warmup-epochs or --precision fp32")
     state = TrainingState(model, criterion, optimizer, scaler, guard)
     run.restore(state, settings, PARSER, RESUME_FLAGS)
@@ -154,7 +176,7 @@ def main_worker(args, device):
         events = run.events(run.start_epoch * steps + run.start_step)
         for epoch in range(run.start_epoch, args.epochs):
             net.train()
-            if args.loss_type == "dcl" and args.gamma_schedule == "cosine":
+            if args.loss_type != "cl" and args.gamma_schedule == "cosine":
                 criterion.gamma = gamma_at(epoch, args.gamma, settings["gamma_decay_epochs"])
             losses, gcl = AverageMeter("Loss", ".4f"), AverageMeter("GCL", ".4f")
             progress = Progress(loader, epoch, run.first_step(epoch), args.epochs, args.batch_size, skip)
@@ -186,11 +208,13 @@ def main_worker(args, device):
 
             log(progress.summary(losses, gcl))
             run.after_epoch(epoch, f"checkpoint_{epoch:04d}.pth.tar" if checkpoint_is_kept(args, epoch) else None)
-            show_u(events, criterion, steps, (epoch + 1) * steps)
+            show_histograms(events, criterion, steps, (epoch + 1) * steps)
             if measured := monitor(model.base_encoder, epoch):                  # {"effective_rank": number, ...}
                 log(f" * Epoch {epoch} " + " ".join(f"{name} {value:.1f}" for name, value in measured.items()))
                 events.scalars({f"features/{name}": value for name, value in measured.items()}, (epoch + 1) * steps)
             run.stop_if_asked(epoch)
+        if args.loss_type == "isogclr" and not args.dry_run:
+            show_extremes(events, criterion.tau, data, args.epochs * steps)
     if args.dry_run:
         log(dry_run_report(args, progress, state, device))
         return
@@ -198,6 +222,15 @@ def main_worker(args, device):
         "loss": losses.average, "gcl": gcl.average, **measured, "first_epoch": run.start_epoch,
         "seconds": state.seconds(), **record})
     log(f"=> done: {run.folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
+
+
+def check_temperatures(args):
+    """Raise InputError if the flags of isogclr contradict each other, or are given for another loss."""
+    given = [name for name in ISOGCLR_FLAGS if getattr(args, name) != PARSER.get_default(name)]
+    isogclr = args.loss_type == "isogclr"
+    refuse((not isogclr and given, f"{', '.join(map(PARSER.flag, given))}: needs --loss_type isogclr, pass that too"),
+           (isogclr and not args.t_min <= args.t <= args.t_max,
+            f"--t {args.t:g}: must be in --t-min to --t-max, {args.t_min:g} to {args.t_max:g}"))
 
 
 def make_optimizer(args, model):
@@ -261,9 +294,12 @@ def describe(run, data, model, steps, peak_lr, device):
         f"parameters, {settings['precision']}, seed {run.seed}, on {report.device_names(device)}")
     log(f"=> global batch {args.batch_size} ({args.batch_size // ranks} per rank), "
         f"peak learning rate {peak_lr:g}, run folder {run.folder}")
-    log("=> config: " + ", ".join(f"{name} {settings[name]}" for name in RESUME_FLAGS))
+    log("=> config: " + ", ".join(f"{name} {settings[name]}" for name in RESUME_FLAGS if settings[name] is not None))
     if args.warmup_epochs >= args.epochs:
         log(f"=> --warmup-epochs {args.warmup_epochs}: not below --epochs, so the peak is not reached")
+    most = math.log(2 * (args.batch_size - 1))
+    if args.loss_type == "isogclr" and args.rho >= most:
+        log(f"=> --rho {args.rho:g}: not below log(2 (B - 1)) = {most:.2f}, so every temperature falls to --t-min")
     if args.dry_run:
         log(f"=> dry run: measures some steps, in about {DRY_SECONDS} seconds at most, and writes nothing")
 
@@ -287,11 +323,29 @@ def side_by_side(augment, images1, images2):
     return make_grid(augment.normalize.undo(pairs))
 
 
-def show_u(events, criterion, steps, at):
-    """Log histograms of the moving averages u and of their ages. steps: per epoch; at: the total so far."""
+def show_histograms(events, criterion, steps, at):
+    """Log histograms of the moving averages u, of their ages, and of the temperatures if each image has its own.
+
+    steps: per epoch; at: the total so far.
+    """
     if events.writer and isinstance(criterion, GlobalContrastiveLoss):
         events.write("add_histogram", "u/log u", criterion.log_u[criterion.log_u.isfinite()], at)
         events.write("add_histogram", "u/age in epochs", criterion.age / steps, at)
+        if isinstance(criterion, RobustGlobalContrastiveLoss):
+            events.write("add_histogram", "tau/tau", criterion.tau, at)
+
+
+def show_extremes(events, tau, data, at):
+    """Log the images with the largest temperatures as a row of pictures, above those with the smallest.
+
+    tau: [N] the temperatures of the images of `data`, an `ImageSet`; at: total steps.
+    """
+    if events.writer:
+        order = tau.argsort(stable=True).tolist()
+        per_row = min(len(order) // 2, 16)
+        batches = LabeledBatches(data, bad_images="skip")       # leaves out unreadable ones, which keep their first tau
+        pictures = [batches.make(0, row, ()).content[0] for row in (order[::-1][:per_row], order[:per_row])]
+        events.write("add_image", "tau/largest above smallest", make_grid(torch.cat(pictures) / 255, nrow=per_row), at)
 
 
 def checkpoint_is_kept(args, epoch):

@@ -127,7 +127,7 @@ class GlobalContrastiveLoss(_Loss):
         count = len(keys) - 2                                                           # 2(B-1) negatives per view
         index = index.to(s.device, non_blocking=True)
         with torch.no_grad():
-            logits = (s / self.temperature).masked_fill(~is_negative, -math.inf)        # [2b, 2B]
+            logits = (s / self._tau(index)).masked_fill(~is_negative, -math.inf)        # [2b, 2B]
             log_g = logits.logsumexp(1).view(2, -1) - math.log(count)                   # [2, b]
             log_u = self.log_u[index].to(s.dtype)                                       # [b], from earlier visits
             log_kept = log_u + (math.log1p(-self.gamma) if self.gamma < 1 else -math.inf)
@@ -135,11 +135,19 @@ class GlobalContrastiveLoss(_Loss):
             log_U = torch.where(log_u == -math.inf, log_g, log_U)                       # gamma_i = 1 on the first visit
             w = (logits - log_U.view(-1, 1)).exp()                                      # [2b, 2B]
             self.keys, self.log_U = keys.detach(), all_gather(log_U.T)
-            self._update(all_gather(index))
-        return mean_over_ranks((w * s).sum(1).view(2, -1).sum(0) / count - 2 * positive)
+        ws = (w * s).sum(1).view(2, -1)                                                 # [2, b] sum_j w_ij s_ij
+        self._update(all_gather(index), ws.detach() / count)
+        return mean_over_ranks(ws.sum(0) / count - 2 * positive)
 
-    def _update(self, batch):
-        """u_i <- (U_i^a + U_i^b) / 2, on all ranks. batch: [B] the global batch's images, in the order of log_U."""
+    def _tau(self, index):
+        """The temperature of this rank's views: a number, or [2b, 1]. index: [b] their images."""
+        return self.temperature
+
+    def _update(self, batch, mean_ws):
+        """u_i <- (U_i^a + U_i^b) / 2, on all ranks.
+
+        batch: [B] the global batch's images, in the order of log_U; mean_ws: [2, b] this rank's mean_j w_ij s_ij.
+        """
         self._check(batch)      # again: on CPUs an image may be on two ranks
         self.log_u[batch] = (self.log_U.logsumexp(1) - math.log(2)).to(self.log_u.dtype)
         self.batches += 1
@@ -173,18 +181,3 @@ class ContrastiveLoss(_Loss):
         log_sum, positive = logits.logsumexp(1).view(2, -1), positive / self.temperature
         self.keys, self.log_U = keys.detach(), all_gather(log_sum.detach().T - math.log(len(keys) - 2))
         return mean_over_ranks((torch.logaddexp(log_sum, positive) - positive).sum(0))
-
-
-@torch.no_grad()
-def alignment_and_uniformity(keys):
-    """How close the two views of an image are, and how evenly the images are spread (Wang and Isola, arXiv 2005.10242).
-
-    keys: [2B, D] unit rows, views a before views b (`criterion.keys`). Returns two 0-d tensors:
-    mean |z_i^a - z_i^b|^2, and log mean exp(-2 |z_i - z_j|^2) over pairs of different images, averaged over the views.
-    """
-    Z1, Z2 = keys.chunk(2)
-    B, uniformity = len(Z1), 0
-    for Z in (Z1, Z2):
-        potential = (4 * (Z @ Z.T) - 4).fill_diagonal_(-math.inf)       # -2 |x - y|^2 of unit vectors
-        uniformity = uniformity + (potential.flatten().logsumexp(0) - math.log(B * (B - 1))) / 2
-    return (2 - 2 * (Z1 * Z2).sum(1)).mean(), uniformity

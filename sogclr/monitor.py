@@ -1,6 +1,7 @@
-"""Evaluation of the encoder during pretraining, which leaves the run as it is."""
+"""What is watched during pretraining, besides the losses; it leaves the run as it is."""
 
 import copy
+import math
 
 import torch
 
@@ -45,3 +46,18 @@ class FeatureMonitor:
                 accuracies = evaluate_knn(encode, *self.bank_and_queries, self.num_classes)
                 measured |= {f"kNN-{k}": acc1 for k, acc1 in accuracies.items()}
         return measured
+
+
+@torch.no_grad()
+def alignment_and_uniformity(keys):
+    """How close the two views of an image are, and how evenly the images are spread (Wang and Isola, arXiv 2005.10242).
+
+    keys: [2B, D] unit rows, views a before views b (`criterion.keys`). Returns two 0-d tensors:
+    mean |z_i^a - z_i^b|^2, and log mean exp(-2 |z_i - z_j|^2) over pairs of different images, averaged over the views.
+    """
+    Z1, Z2 = keys.chunk(2)
+    B, uniformity = len(Z1), 0
+    for Z in (Z1, Z2):
+        potential = (4 * (Z @ Z.T) - 4).fill_diagonal_(-math.inf)       # -2 |x - y|^2 of unit vectors
+        uniformity = uniformity + (potential.flatten().logsumexp(0) - math.log(B * (B - 1))) / 2
+    return (2 - 2 * (Z1 * Z2).sum(1)).mean(), uniformity

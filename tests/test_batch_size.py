@@ -53,6 +53,16 @@ def test_search_never_sees_validation_images(monkeypatch):
     assert len({train.run_name(run) for run in runs}) == len(runs) == 11 + 13
 
 
+def test_each_rho_is_tried_on_held_out_images(monkeypatch):
+    """By iSogCLR alone; the other losses, which have no rho, must be trained once even if the command sets one."""
+    runs, make_images = planned(monkeypatch, "rho")
+    assert "--held-out" in make_images
+    assert [(run.loss_type, run.rho) for run in runs] == [("isogclr", rho) for rho in (0.3, 0.2, 0.4, 1.0, 2.0)]
+    runs, _ = planned(monkeypatch, "cpu", "--losses", "cl", "dcl", "isogclr", "--batch-sizes", "64", "--seeds", "1",
+                      "--rho", "1")
+    assert [(run.loss_type, run.rho) for run in runs] == [("cl", 0.3), ("dcl", 0.3), ("isogclr", 1.0)]
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--gama", "1"], "unrecognized arguments: --gama 1"), (["--lr", "x"], "argument --lr/--learning-rate: must be"),
     (["-b256"], "--batch-size: set by this script, use --batch-sizes"), (["--jobs", "0"], "argument --jobs: must be"),

@@ -71,6 +71,21 @@ def test_differences_are_of_equal_settings_and_seeds(runs, monkeypatch, capsys):
         "| SogCLR - SimCLR | 64 | 0.1 | 0.9 | 5.00 | 5.00 | 7.50 ± 3.54 | 1, 2 |"]
 
 
+def test_isogclr_is_compared_with_sogclr(runs, monkeypatch, capsys):
+    """Of the same gamma, temperature and seed, whatever its own settings."""
+    for name, acc1, settings in (("a", 76.0, {"rho": 0.3}), ("b", 77.0, {"rho": 0.4}), ("c", 90.0, {"gamma": 0.2})):
+        results = json.loads((runs / "dcl_64_1" / "results.json").read_text())
+        results["encoder"] |= {"loss_type": "isogclr", "rho": 0.3, "t_min": 0.05, **settings}
+        results["classifiers"][1] = {"acc1": acc1}
+        (runs / name).mkdir()
+        (runs / name / "results.json").write_text(json.dumps(results))
+    lines = collect(monkeypatch, capsys, runs)
+    assert "| iSogCLR | 64 | 0.9 | 0.4 |  |  | 77.00 | 64.00 | 1 |" in lines
+    assert [line for line in lines if line.startswith("| iSogCLR - ")] == [
+        "| iSogCLR - SogCLR | 64 | 0.9 | 0.3 |  |  | 1.00 | 1 |",
+        "| iSogCLR - SogCLR | 64 | 0.9 | 0.4 |  |  | 2.00 | 1 |"]
+
+
 def test_logistic_regression_has_columns(runs, monkeypatch, capsys):
     """One for all images, and one for each number of images per class."""
     common = {key: value for key, value in json.loads((runs / "dcl_64_1" / "results.json").read_text()).items()

@@ -8,11 +8,13 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from sogclr import InputError, distributed
+from sogclr.isogclr import RobustGlobalContrastiveLoss
 from sogclr.launch import free_port
-from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, alignment_and_uniformity
+from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
+from sogclr.monitor import alignment_and_uniformity
 
 N, B, STEPS, TEMPERATURE = 20, 8, 4, 0.1
-CASES = ("dcl", "cl", "dcl with unused parameters", "dcl resumed")
+CASES = ("dcl", "cl", "isogclr", "dcl with unused parameters", "dcl resumed", "isogclr resumed")
 
 
 class Net(torch.nn.Module):
@@ -28,13 +30,19 @@ class Net(torch.nn.Module):
         return (self.extra(z1), self.extra(z2)) if extra else (z1, z2)
 
 
+def new_criterion(case):
+    if case == "cl":
+        return ContrastiveLoss(TEMPERATURE)
+    kind = RobustGlobalContrastiveLoss if "isogclr" in case else GlobalContrastiveLoss
+    return kind(N, TEMPERATURE).double()
+
+
 def trajectory(case, rank, world):
-    """STEPS steps of plain gradient descent on this rank's local batch: each step's loss, u and its age, the monitored
-    values, and gradients.
+    """STEPS steps of plain gradient descent on this rank's local batch: each step's loss, the monitored values, the
+    estimators (u, v, tau, ages), and gradients.
     """
     torch.manual_seed(0)
-    model = Net().double()
-    criterion = ContrastiveLoss(TEMPERATURE) if case == "cl" else GlobalContrastiveLoss(N, TEMPERATURE).double()
+    model, criterion = Net().double(), new_criterion(case)
     net = model
     if world > 1:
         net = DistributedDataParallel(model, find_unused_parameters=True)
@@ -43,18 +51,19 @@ def trajectory(case, rank, world):
     local = slice(rank * B // world, (rank + 1) * B // world)
     record = []
     for step in range(STEPS):
-        if case == "dcl resumed" and step == 2:
+        if "resumed" in case and step == 2:
             state = criterion.state_dict()
-            criterion = GlobalContrastiveLoss(N, TEMPERATURE).double()
+            criterion = new_criterion(case)
             criterion.load_state_dict(state)
         z1, z2 = net(*data[step, :, local], extra=case != "dcl with unused parameters" or step % 2 == 0)
         loss = criterion(z1, z2, order[step, local])
         model.zero_grad()
         loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
-        u = torch.cat([criterion.u, criterion.age]) if case != "cl" else torch.zeros(N)
         watched = torch.stack([criterion.gcl(), *alignment_and_uniformity(criterion.keys)])
-        record.append([loss.detach(), u, watched, *grads])
+        finite = [value.exp().flatten() for value in criterion.buffers()]       # log_u may be -inf
+        estimators = torch.cat(finite or [torch.zeros(1)])
+        record.append([loss.detach(), watched, estimators, *grads])
         with torch.no_grad():
             for p, grad in zip(model.parameters(), grads, strict=True):
                 p -= 0.1 * grad
@@ -74,12 +83,12 @@ def worker(rank, world, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Each rank's record of a run with 4 processes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(worker, nprocs=4, args=(4, str(folder)), start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """Each rank's record of a run with 2 or 4 processes."""
+    folder, world = tmp_path_factory.mktemp("ranks"), request.param
+    mp.start_processes(worker, nprocs=world, args=(world, str(folder)), start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,6 +13,7 @@ import train
 from scripts.tools import benchmark
 from sogclr import parallel
 from sogclr.augment import Augment
+from sogclr.isogclr import RobustGlobalContrastiveLoss
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
 from sogclr.optimizer import LARS
 from sogclr.parallel import SyncBatchNorm
@@ -31,10 +32,11 @@ def no_waiting():
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("kind", ["dcl", "cl"])
-def test_loss_and_lars_never_wait_for_the_device(kind, no_waiting):
+@pytest.mark.parametrize(
+    "criterion", [GlobalContrastiveLoss(1000), RobustGlobalContrastiveLoss(1000), ContrastiveLoss()])
+def test_loss_and_lars_never_wait_for_the_device(criterion, no_waiting):
     """Forward, backward, estimator, LARS and zero_grad: no synchronization."""
-    criterion = (GlobalContrastiveLoss(1000) if kind == "dcl" else ContrastiveLoss()).cuda()
+    criterion = criterion.cuda()
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)).cuda()
     optimizer = LARS(model.parameters(), lr=0.1, weight_decay=1e-6)
     x = torch.randn(2, 64, 16, device="cuda")
@@ -49,15 +51,15 @@ def test_loss_and_lars_never_wait_for_the_device(kind, no_waiting):
 
 
 def test_loss_equals_that_on_the_cpu():
-    """Loss, gradients and u in float64 must equal those on the CPU."""
+    """Loss, gradients, u and temperatures in float64 must equal those on the CPU."""
     z1, z2 = torch.randn(2, 32, 8, dtype=torch.float64)
     results = []
     for device in ("cpu", "cuda"):
-        criterion = GlobalContrastiveLoss(100).double().to(device)
+        criterion = RobustGlobalContrastiveLoss(100).double().to(device)
         a, b = (z.detach().to(device).requires_grad_() for z in (z1, z2))
         loss = criterion(a, b, torch.arange(32))
         loss.backward()
-        results.append([value.detach().cpu() for value in (loss, a.grad, b.grad, criterion.u)])
+        results.append([value.detach().cpu() for value in (loss, a.grad, b.grad, criterion.u, criterion.tau)])
     assert all(torch.allclose(x, y, rtol=1e-10, atol=1e-12) for x, y in zip(*results, strict=True))
 
 

@@ -54,6 +54,8 @@ BAD = [
     (train, ["--data", "EMPTY", "--data_name", "folder"], "contains no images"),
     (lincls, ["--pretrained", "missing.pth"], "--pretrained missing.pth: no such file"),
     (lincls, ["--pretrained", "TEXT"], "TEXT: not a checkpoint"),
+    (train, ["--rho", "1", "--t-lr", "0"], "--rho, --t-lr: needs --loss_type isogclr"),
+    (train, ["--loss_type", "isogclr", "--t", "0.8"], "--t 0.8: must be in --t-min to --t-max, 0.05 to 0.7"),
     (lincls, ["-e"], "--evaluate: needs"),
     (lincls, ["-e", "--resume", "auto"], "--evaluate: "),
     (lincls, ["--finetune", "--features", "cached"], "--finetune: changes the encoder"),

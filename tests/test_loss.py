@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, alignment_and_uniformity, gamma_at
+from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, gamma_at
+from sogclr.monitor import alignment_and_uniformity
 
 
 def unit(z):
@@ -14,33 +15,37 @@ def unit(z):
 
 
 def reference(z1, z2, index, u, temperature, gamma):
-    """The paper's method, loop by loop, in float64: loss, gradients of both views, and the new u.
+    """The paper's method, loop by loop, in float64: loss, gradients of both views, the new u, and for each image of the
+    batch, of its two views, U and the mean of w s.
 
-    u is a dict {image: value}; an image that is not in it was never visited.
+    u is a dict {image: value}; an image that is not in it was never visited. temperature: of all, or {image: value}.
     """
     B, D = z1.shape
     x = {(i, v): unit(z[i]) for v, z in (("a", z1), ("b", z2)) for i in range(B)}
     grad = {key: np.zeros(D) for key in x}
     count = 2 * (B - 1)
-    total, new_u = 0.0, dict(u)
+    total, new_u, scores = 0.0, dict(u), {}
     for i in range(B):
         image = int(index[i])
+        tau = temperature[image] if isinstance(temperature, dict) else temperature
         total += -2 * x[i, "a"] @ x[i, "b"] / B
         grad[i, "a"] += -2 * x[i, "b"] / B
         grad[i, "b"] += -2 * x[i, "a"] / B
-        U = {}
+        U, mean_ws = {}, dict.fromkeys("ab", 0.0)
         for v in "ab":
             negatives = [(j, w) for j in range(B) if j != i for w in "ab"]
             assert len(negatives) == count
-            g = sum(math.exp(x[i, v] @ x[n] / temperature) for n in negatives) / count
+            g = sum(math.exp(x[i, v] @ x[n] / tau) for n in negatives) / count
             gamma_i = gamma if image in u else 1.0
             U[v] = (1 - gamma_i) * u.get(image, 0.0) + gamma_i * g
             for n in negatives:
-                weight = math.exp(x[i, v] @ x[n] / temperature) / U[v]
+                weight = math.exp(x[i, v] @ x[n] / tau) / U[v]
                 total += weight * (x[i, v] @ x[n]) / count / B
+                mean_ws[v] += weight * (x[i, v] @ x[n]) / count
                 grad[i, v] += weight * x[n] / count / B
                 grad[n] += weight * x[i, v] / count / B
         new_u[image] = (U["a"] + U["b"]) / 2
+        scores[image] = [(U[v], mean_ws[v]) for v in "ab"]
 
     def through_normalization(z, v):
         rows = []
@@ -49,7 +54,7 @@ def reference(z1, z2, index, u, temperature, gamma):
             rows.append((grad[i, v] - n * (n @ grad[i, v])) / np.linalg.norm(z[i]))
         return np.array(rows)
 
-    return total, through_normalization(z1, "a"), through_normalization(z2, "b"), new_u
+    return total, through_normalization(z1, "a"), through_normalization(z2, "b"), new_u, scores
 
 
 def gap(ours, theirs):

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -12,12 +13,15 @@ import pytest
 import torch
 import torchvision
 from helpers import PRETRAIN, PYTHON, ROOT, TINY, call, load, losses, newest, refused, run
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lincls
 import train
 from sogclr import checkpoint, meters, shapes
+from sogclr.datasets import open_data_set
 from sogclr.launch import free_port
+from sogclr.loader import center_view
 from sogclr.meters import Progress
 
 pytestmark = [pytest.mark.usefixtures("no_gpu"), pytest.mark.slow]
@@ -90,6 +94,41 @@ def test_resumed_run_equals_uninterrupted(pretrained, imagenet, tmp_path):
         assert torch.equal(state["mu"], resumed["optimizer"]["state"][k]["mu"])
 
 
+def test_temperatures_are_saved_resumed_and_shown(imagenet, tmp_path):
+    """A resumed run of isogclr must end with the weights, temperatures and v of an uninterrupted one; the images with
+    the largest and the smallest temperatures must be in the log, in that order, with a histogram after each epoch.
+    """
+    command = ["--data", imagenet, *TINY, "--seed", 5, "--loss_type", "isogclr", "--epochs", 3, "--t-lr", 0.1]
+    straight = call(train, *command, "--save_dir", tmp_path / "straight")
+    first = newest(tmp_path / "straight", "checkpoint_0000.pth.tar")
+    resumed = call(train, *command, "--save_dir", tmp_path / "resumed", "--resume", first)
+    assert losses(resumed) == losses(straight)[3:]
+    one, two = load(tmp_path / "straight"), load(tmp_path / "resumed")
+    for name in ("log_u", "tau", "v"):
+        assert one[name].shape == (24,)
+        assert torch.equal(one[name], two[name])
+    assert all(torch.equal(value, two["state_dict"][key]) for key, value in one["state_dict"].items())
+    assert len(set(one["tau"].tolist())) > 20
+
+    log = EventAccumulator(str(newest(tmp_path / "straight").parent), size_guidance={"histograms": 0}).Reload()
+    assert [event.step for event in log.Histograms("tau/tau")] == [3, 6, 9]
+    shown = np.asarray(Image.open(io.BytesIO(log.Images("tau/largest above smallest")[0].encoded_image_string)))
+    data = open_data_set("imagenet1000", imagenet, "train", 32)
+    order = one["tau"].argsort(descending=True).tolist()
+    for row, indices in ((0, order[:12]), (1, order[:-13:-1])):
+        for column, index in enumerate(indices):
+            picture = shown[2 + 34 * row:, 2 + 34 * column:][:32, :32]
+            assert (picture == np.moveaxis(center_view(data.images[index][0], 32).numpy(), 0, 2)).all()
+
+
+def test_a_rho_that_no_batch_can_reach_is_pointed_out(imagenet, tmp_path):
+    """From log(2 (B - 1)) nats on, as far from uniform as 2 (B - 1) weights can be."""
+    command = ["--data", imagenet, *TINY, "--save_dir", tmp_path, "--loss_type", "isogclr", "--dry-run"]
+    notes = [sum("every temperature falls" in line for line in call(train, *command, "--rho", rho))
+             for rho in (math.log(14) - 0.01, math.log(14) + 0.01)]
+    assert notes == [0, 1]
+
+
 def test_the_monitor_changes_nothing(pretrained, imagenet, tmp_path, monkeypatch):
     """With --knn-freq a run must end with the same weights, u and optimizer, bit for bit, and the same random state."""
     def without_trace(self, encoder, epoch, evaluate=train.FeatureMonitor.__call__):
@@ -147,7 +186,8 @@ EFFECTIVE = ["--lr 0.3", "--learning-rate-scaling linear", "--momentum 0.1", "--
              "--crop-min 0.9", "--t 0.3", "--gamma 0.2", "--gamma-schedule cosine --gamma-decay-epochs 4",
              "--gamma-schedule cosine --gamma-decay-epochs 9", "--batch-size 12", "--start-epoch 1", "--seed 2",
              "--precision bf16", "--image-size 40", "--epochs 4", "--optimizer adamw", "--loss_type cl",
-             "--augment pil"]
+             "--augment pil", *(f"--loss_type isogclr {flags}" for flags in (
+                 "", "--rho 1", "--t-lr 1", "--t-lr 1 --t-max 0.2", "--t-beta 0.1", "--rho 9", "--rho 9 --t-min 0.07"))]
 
 
 def test_every_flag_has_an_effect(imagenet, tmp_path, monkeypatch):

@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sogclr import augment
 from sogclr.augment import Augment
 from sogclr.builder import SimCLR, resnet
-from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, alignment_and_uniformity
+from sogclr.isogclr import RobustGlobalContrastiveLoss
+from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
+from sogclr.monitor import alignment_and_uniformity
 from sogclr.optimizer import LARS
 
 pytestmark = pytest.mark.skipif(torch.__version__ < (2, 11) and not torch.cuda.is_available(),
@@ -52,11 +54,12 @@ def test_reading_from_the_host_is_noticed(fake_gpu):
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
-@pytest.mark.parametrize("loss_type", [GlobalContrastiveLoss, ContrastiveLoss])
+@pytest.mark.parametrize("loss_type", [GlobalContrastiveLoss, RobustGlobalContrastiveLoss, ContrastiveLoss])
 def test_loss(loss_type, temperature, fake_gpu, monkeypatch):
     """Neither the loss, with indices from the host, nor its monitored values may read from the device."""
     monkeypatch.setattr(GlobalContrastiveLoss, "_check", lambda *_: None)       # which reads the indices
-    criterion = loss_type(*[N] * (loss_type is GlobalContrastiveLoss), temperature).to("cuda")
+    bounds = [0.9, 0.3, 0.001] * (loss_type is RobustGlobalContrastiveLoss)
+    criterion = loss_type(*[N] * (loss_type is not ContrastiveLoss), temperature, *bounds).to("cuda")
     z1, z2 = torch.randn(2, B, D, requires_grad=True)
     for index in torch.arange(2 * B, device="cpu").chunk(2):
         loss = criterion(z1, z2, index)

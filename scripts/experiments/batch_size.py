@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Does a small batch harm? Trains SimCLR and SogCLR with equal settings at several batch sizes, and compares them.
+"""Does a small batch harm? Trains SimCLR, SogCLR (and iSogCLR) with equal settings at several batch sizes, to compare.
 
     python scripts/experiments/batch_size.py gpu --data DIR      all of CIFAR-10, batch 32 to 512, the authors' settings
     python scripts/experiments/batch_size.py cpu --data DIR      5,000 images of it, batch 16 to 256
     python scripts/experiments/batch_size.py gamma --data DIR    the same, batch 16: which part of SogCLR helps
     python scripts/experiments/batch_size.py search --data DIR   the settings, chosen on held-out training images
+    python scripts/experiments/batch_size.py rho --data DIR      the same for iSogCLR's rho, batch 64
 
 Each run is pretrained by train.py and evaluated by lincls.py: with linear classifiers at eight learning rates, on
-features of random crops (not in `search`) and on cached ones, by logistic regression, and by kNN. All other flags are
-passed to train.py, for example `--epochs 60 --gamma 0.2`. The same command continues after an interruption and skips
-what is done, and runs with other settings may be added to the same --out; its results.md has the tables of them all.
+features of random crops (not in `search` and `rho`) and on cached ones, by logistic regression, and by kNN. All other
+flags are passed to train.py, for example `--epochs 60 --gamma 0.2`. The same command continues after an interruption
+and skips what is done, and runs with other settings may be added to the same --out; its results.md has the tables of
+them all.
 """
 
 import argparse
@@ -65,7 +67,9 @@ PRESETS = {
     "search": Preset(f"{SMALL} --epochs 10 --lr 0.15 --t 0.2", (64,), QUICK, variants=(
         "--t 0.1", "--t 0.4", "--lr 0.3", "--lr 0.075", "--lr 0.0375", "--t 0.1 --lr 0.075", "--t 0.07 --lr 0.075",
         "--t 0.05 --lr 0.075", "--crop-min 0.08", "--wd 1e-4", "--gamma 0.5", "--gamma 0.2"),
-        seeds=(1,), images=(5000, 5000), held_out=True)}
+        seeds=(1,), images=(5000, 5000), held_out=True),
+    "rho": CPU._replace(batch_sizes=(64,), protocols=QUICK, losses=("isogclr",), seeds=(1,), held_out=True,
+                        variants=("--rho 0.2", "--rho 0.4", "--rho 1", "--rho 2"))}
 
 # What this script decides itself, and what to do instead.
 OWN = {"loss_type": "use --losses", "batch_size": "use --batch-sizes", "seed": "use --seeds", "save_dir": "use --out",
@@ -76,7 +80,8 @@ def parse():
     """This script's flags, those that are not given from the preset, and the flags for train.py."""
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("preset", choices=PRESETS, help="which study")
-    parser.add_argument("--losses", nargs="+", choices=CPU.losses, help="SimCLR, SogCLR (default: both)")
+    parser.add_argument("--losses", nargs="+", choices=train.METHODS,
+                        help="SogCLR, SimCLR, iSogCLR (default: the preset's)")
     parser.add_argument("--batch-sizes", nargs="+", type=number(int, "[2, inf)"), metavar="N",
                         help="batch sizes to compare (default: the preset's)")
     parser.add_argument("--seeds", nargs="+", type=number(int, "[0, inf)"), metavar="N",
@@ -123,8 +128,9 @@ def plan(args, extra, data):
     for seed, variant, batch_size, loss in itertools.product(args.seeds, ("", *args.variants), args.batch_sizes,
                                                              args.losses):
         flags = [*defaults, *variant.split(), *common, "--loss_type", loss, "--batch-size", batch_size, "--seed", seed]
-        if loss == "cl":        # has no gamma, so runs that differ in it are one
-            flags += ["--gamma", train.PARSER.get_default("gamma")]
+        # Runs that differ in what has no effect are one.
+        for name in ["gamma"] * (loss == "cl") + [*train.ISOGCLR_FLAGS] * (loss != "isogclr"):
+            flags += [train.PARSER.flag(name), train.PARSER.get_default(name)]
         settings = train.PARSER.parse_args(list(map(str, flags)))
         folder = args.out / train.run_name(settings)
         runs[folder.name] = [(["train.py", *flags], folder / "results.json")]

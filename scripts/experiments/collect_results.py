@@ -7,8 +7,8 @@ Runs that differ only in the seed form one row: mean and standard deviation over
 loss and batch size, each pretraining setting in which the runs differ has a column. Accuracies are those of the last
 epoch; if classifiers with several learning rates were trained, the best one represents the run.
 
-If SimCLR and SogCLR were trained with the same settings, a second table shows their differences, each of two runs with
-the same seed, which share initial weights, order and views.
+If SimCLR and SogCLR, or SogCLR and iSogCLR, were trained with the same settings, a second table shows their
+differences, each of two runs with the same seed, which share initial weights, order and views.
 """
 
 import json
@@ -23,11 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sogclr import InputError
 from sogclr.flags import Parser, output_file
-from train import PARSER, RESUME_FLAGS
+from train import ISOGCLR_FLAGS, PARSER, RESUME_FLAGS
 
 MINUTES = "minutes"
-LOSSES = {"cl": ("SimCLR", (200, 80, 40)), "dcl": ("SogCLR", (40, 90, 180))}        # name and color
-DIFFERENCE = "SogCLR - SimCLR"
+LOSSES = {"cl": ("SimCLR", (200, 80, 40)), "dcl": ("SogCLR", (40, 90, 180)),        # name and color
+          "isogclr": ("iSogCLR", (30, 140, 90))}
+GAMMA_FLAGS = ("gamma", "gamma_schedule", "gamma_decay_epochs")
+# Losses to compare, with the settings that only the first has.
+PAIRS = (("dcl", "cl", GAMMA_FLAGS), ("isogclr", "dcl", ISOGCLR_FLAGS))
 
 
 def read(folder):
@@ -87,26 +90,28 @@ def read(folder):
 
 def setting(encoder, name):
     """A pretraining setting, None if it had no effect."""
-    idle = (name.startswith("gamma") and encoder["loss_type"] == "cl") or (
+    idle = (name in GAMMA_FLAGS and encoder["loss_type"] == "cl") or (
         name == "gamma_decay_epochs" and encoder.get("gamma_schedule") != "cosine")
     return None if idle else encoder.get(name)
 
 
 def differences(names, table):
-    """SogCLR minus SimCLR, seed by seed, if all settings but the loss's own are equal: a table as from `read`."""
-    def common(settings):
-        return tuple(value for name, value in zip(names, settings, strict=True)
-                     if name != "loss_type" and not name.startswith("gamma"))
-
-    simclr = {common(settings): row for settings, row in table.items() if settings[0] == "cl"}
+    """The differences of PAIRS, seed by seed, if all settings but the first loss's own are equal: a table as from
+    `read`.
+    """
     result = {}
-    for settings, row in table.items():
-        others = simclr.get(common(settings), {}) if settings[0] == "dcl" else {}
-        pairs = {column: {seed: value - others[column][seed] for seed, value in seeds.items() if seed in others[column]}
-                 for column, seeds in row.items() if column in others and column != MINUTES}
-        pairs = {column: seeds for column, seeds in pairs.items() if seeds}
-        if pairs:
-            result[(DIFFERENCE, *settings[1:])] = pairs
+    for loss, other, own in PAIRS:
+        def common(settings, own=own):
+            return tuple(value for name, value in zip(names, settings, strict=True) if name not in ("loss_type", *own))
+
+        others = {common(settings): row for settings, row in table.items() if settings[0] == other}
+        for settings, row in table.items():
+            base = others.get(common(settings), {}) if settings[0] == loss else {}
+            pairs = {column: {seed: value - base[column][seed] for seed, value in seeds.items() if seed in base[column]}
+                     for column, seeds in row.items() if column in base and column != MINUTES}
+            pairs = {column: seeds for column, seeds in pairs.items() if seeds}
+            if pairs:
+                result[(f"{LOSSES[loss][0]} - {LOSSES[other][0]}", *settings[1:])] = pairs
     return result
 
 
