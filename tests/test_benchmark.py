@@ -16,7 +16,7 @@ from sogclr.optimizer import LARS
 TINY = shlex.split("--arch resnet18 --stem imagenet --image-size 16 --batch-size 4 --workers 1 --repeats 1")
 FLOOR, PIL = "floor: encoder alone", "PIL recipe, 1 worker"
 ROWS = {"step": [FLOOR, "full step", "of which augment", "of which loss", "of which LARS",
-                 "LARS, one tensor at a time"],
+                 "loss of iSogCLR", "LARS, one tensor at a time"],
         "train": [FLOOR, "full step", "full step and loader", "plain recipe and loader"],
         "lincls": ["step", "step and loader"],
         "data": [PIL, "uint8 crops, 1 worker", "uint8 crops, 2 workers", "color on the device"]}

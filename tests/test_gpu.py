@@ -76,7 +76,8 @@ def test_augmentation_equals_that_on_the_cpu(no_waiting):
     assert (ours.cpu() - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("flags", [[], ["--loss_type", "cl"], ["--precision", "fp32", "--augment", "pil"]])
+@pytest.mark.parametrize("flags", [
+    [], ["--loss_type", "cl"], ["--loss_type", "isogclr"], ["--precision", "fp32", "--augment", "pil"]])
 def test_training_never_waits_for_the_device_between_two_prints(flags, imagenet, tmp_path, monkeypatch):
     """Whole steps of train.py, from the loader to LARS: no synchronization except when a line is printed."""
     if not torch.cuda.is_bf16_supported(including_emulation=False):

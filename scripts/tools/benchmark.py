@@ -30,6 +30,7 @@ from sogclr.builder import ARCHITECTURES, SimCLR, choose_stem, memory_format, re
 from sogclr.datasets import IMAGENET_MEAN_STD, ImageSet, open_data_set
 from sogclr.features import Encoder
 from sogclr.flags import Parser, number, output_file, resolve_precision
+from sogclr.isogclr import RobustGlobalContrastiveLoss
 from sogclr.loader import LabeledBatches, Loader, TwoViewBatches, available_cores
 from sogclr.loss import GlobalContrastiveLoss
 from sogclr.optimizer import LARS
@@ -209,10 +210,12 @@ def benchmark_step(args):
     """Measure train.py's step and its parts, from crops that are already on the device."""
     data = ImageSet(None, args.image_size, *IMAGENET_MEAN_STD)
     ours, spare = Training(args, data), Training(args, data)
+    robust = RobustGlobalContrastiveLoss(IMAGENET_IMAGES).to(DEVICE)
     spare.floor()       # gives LARS alone its gradients: those of an fp16 step can be infinite and ruin the weights
     parts = {"of which augment": lambda: ours.augment(*ours.views),
              "of which loss": lambda: torch.autograd.grad(ours.criterion(*ours.z, ours.index), ours.z),
              "of which LARS": spare.optimizer.step,
+             "loss of iSogCLR": lambda: torch.autograd.grad(robust(*ours.z, ours.index), ours.z),
              "LARS, one tensor at a time": OneByOne(spare.model.parameters(), lr=1e-3, weight_decay=1e-6).step}
     variants = {FLOOR: ours.floor, "full step": ours.full_step, **parts}
     if args.cuda_graph:
