@@ -94,9 +94,10 @@ def test_resumed_run_equals_uninterrupted(pretrained, imagenet, tmp_path):
         assert torch.equal(state["mu"], resumed["optimizer"]["state"][k]["mu"])
 
 
-def test_temperatures_are_saved_resumed_and_shown(imagenet, tmp_path):
-    """A resumed run of isogclr must end with the weights, temperatures and v of an uninterrupted one; the images with
-    the largest and the smallest temperatures must be in the log, in that order, with a histogram after each epoch.
+def test_temperatures_are_saved_resumed_and_shown(imagenet, tmp_path, capsys):
+    """A resumed run of isogclr must end with the weights, temperatures and v of an uninterrupted one, and not start
+    with another rho; the images with the largest and the smallest temperatures must be in the log, in that order, with
+    a histogram after each epoch.
     """
     command = ["--data", imagenet, *TINY, "--seed", 5, "--loss_type", "isogclr", "--epochs", 3, "--t-lr", 0.1]
     straight = call(train, *command, "--save_dir", tmp_path / "straight")
@@ -109,6 +110,9 @@ def test_temperatures_are_saved_resumed_and_shown(imagenet, tmp_path):
         assert torch.equal(one[name], two[name])
     assert all(torch.equal(value, two["state_dict"][key]) for key, value in one["state_dict"].items())
     assert len(set(one["tau"].tolist())) > 20
+    with pytest.raises(SystemExit, match="2"):
+        call(train, *command, "--save_dir", tmp_path / "other", "--resume", first, "--rho", 1)
+    assert "made with --rho 0.3, not 1.0; leave --rho out" in capsys.readouterr().err
 
     log = EventAccumulator(str(newest(tmp_path / "straight").parent), size_guidance={"histograms": 0}).Reload()
     assert [event.step for event in log.Histograms("tau/tau")] == [3, 6, 9]
