@@ -191,7 +191,8 @@ EFFECTIVE = ["--lr 0.3", "--learning-rate-scaling linear", "--momentum 0.1", "--
              "--gamma-schedule cosine --gamma-decay-epochs 9", "--batch-size 12", "--start-epoch 1", "--seed 2",
              "--precision bf16", "--image-size 40", "--epochs 4", "--optimizer adamw", "--loss_type cl",
              "--augment pil", *(f"--loss_type isogclr {flags}" for flags in (
-                 "", "--rho 1", "--t-lr 1", "--t-lr 1 --t-max 0.2", "--t-beta 0.1", "--rho 9", "--rho 9 --t-min 0.07"))]
+                 "", "--rho 1", "--t-lr 1", "--t-lr 1 --t-max 0.2", "--t-beta 0.1", "--rho 9", "--rho 9 --t-min 0.07",
+                 "--gamma-schedule cosine --gamma-decay-epochs 4"))]
 
 
 def test_every_flag_has_an_effect(imagenet, tmp_path, monkeypatch):
