@@ -41,7 +41,7 @@ from sogclr.run import Run, file_name
 DRY_STEPS, DRY_SECONDS = 12, 60     # what --dry-run measures at least, unless its time is up; it does two steps anyway
 METHODS = {"dcl": "sogclr", "cl": "simclr", "isogclr": "isogclr"}      # --loss_type: name of the method
 ISOGCLR_FLAGS = ("rho", "t_min", "t_max", "t_lr", "t_beta")
-CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")     # and u, but with cl
+CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")     # and u, except with cl
 # Settings that a resumed run must share with its checkpoint, since they change the results.
 RESUME_FLAGS = ("data_name", "arch", "stem", "dim", "mlp_dim", "num_proj_layers", "loss_type", "t", "gamma",
                 "gamma_schedule", "gamma_decay_epochs", "image_size", "crop_min", "augment", "optimizer", "batch_size",
@@ -82,9 +82,9 @@ def build_parser():
     method.add_argument("--rho", default=0.3, type=number(float, "[0, inf)"),
                         help="isogclr: an image's temperature rises while the softmax over its negatives is more than "
                              "this from uniform, in nats (KL divergence), and falls while it is less")
-    method.add_argument("--t-min", default=0.05, type=number(float, "(0, inf)"), metavar="T",
+    method.add_argument("--t-min", default=0.05, type=number(float, "[0.001, 1000]"), metavar="T",
                         help="isogclr: the lowest temperature")
-    method.add_argument("--t-max", default=0.7, type=number(float, "(0, inf)"), metavar="T",
+    method.add_argument("--t-max", default=0.7, type=number(float, "[0.001, 1000]"), metavar="T",
                         help="isogclr: the highest temperature")
     method.add_argument("--t-lr", default=0.01, type=number(float, "[0, inf)"), metavar="LR",
                         help="isogclr: learning rate of the temperatures")
@@ -139,13 +139,7 @@ def main_worker(args, device):
     stem = choose_stem(args.stem, data.image_size)
     encoder = resnet(args.arch, stem, zero_init_residual=True)
     model = SimCLR(encoder, args.dim, args.mlp_dim, args.num_proj_layers).to(device, memory_format=layout)
-    if args.loss_type == "dcl":
-        criterion = GlobalContrastiveLoss(len(data.images), args.t, args.gamma).to(device)
-    elif args.loss_type == "isogclr":
-        criterion = RobustGlobalContrastiveLoss(len(data.images), args.t, args.gamma, args.rho, args.t_min, args.t_max,
-                                                args.t_lr, args.t_beta).to(device)
-    else:
-        criterion = ContrastiveLoss(args.t)
+    criterion = make_criterion(args, len(data.images)).to(device)
     peak_lr = scaled_lr(args.lr, args.batch_size, args.learning_rate_scaling)
     optimizer = make_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # bf16 and fp32 need none
@@ -213,8 +207,7 @@ def main_worker(args, device):
                 log(f" * Epoch {epoch} " + " ".join(f"{name} {value:.1f}" for name, value in measured.items()))
                 events.scalars({f"features/{name}": value for name, value in measured.items()}, (epoch + 1) * steps)
             run.stop_if_asked(epoch)
-        if args.loss_type == "isogclr" and not args.dry_run:
-            show_extremes(events, criterion.tau, data, args.epochs * steps)
+        show_extremes(events, criterion, data, args.epochs * steps)
     if args.dry_run:
         log(dry_run_report(args, progress, state, device))
         return
@@ -229,8 +222,19 @@ def check_temperatures(args):
     given = [name for name in ISOGCLR_FLAGS if getattr(args, name) != PARSER.get_default(name)]
     isogclr = args.loss_type == "isogclr"
     refuse((not isogclr and given, f"{', '.join(map(PARSER.flag, given))}: needs --loss_type isogclr, pass that too"),
+           (args.t_min > args.t_max, f"--t-min {args.t_min:g}: must not be above --t-max {args.t_max:g}"),
            (isogclr and not args.t_min <= args.t <= args.t_max,
             f"--t {args.t:g}: must be in --t-min to --t-max, {args.t_min:g} to {args.t_max:g}"))
+
+
+def make_criterion(args, num_images):
+    """Create the loss of --loss_type."""
+    if args.loss_type == "cl":
+        return ContrastiveLoss(args.t)
+    if args.loss_type == "dcl":
+        return GlobalContrastiveLoss(num_images, args.t, args.gamma)
+    return RobustGlobalContrastiveLoss(num_images, args.t, args.gamma, args.rho, args.t_min, args.t_max, args.t_lr,
+                                       args.t_beta)
 
 
 def make_optimizer(args, model):
@@ -274,10 +278,10 @@ class TrainingState:
                 raise InputError(f"{source}: was trained on {rows} images, but this data set has {images}, use the "
                                  "same folder, or start a new run")
             self.criterion.u = saved["u"].flatten()[:images]        # for the authors' files, without the rest
-            self.criterion.load_state_dict({name: saved.get(name, tensor)
-                                            for name, tensor in self.criterion.state_dict().items()})
-        checkpoint.restore_parts(saved | {"state_dict": checkpoint.plain_names(saved["state_dict"])}, source,
-                                 state_dict=self.model, optimizer=self.optimizer, scaler=self.scaler)
+        estimators = {name: saved.get(name, tensor) for name, tensor in self.criterion.state_dict().items()}
+        checkpoint.restore_parts(
+            saved | {"state_dict": checkpoint.plain_names(saved["state_dict"]), "criterion": estimators}, source,
+            state_dict=self.model, criterion=self.criterion, optimizer=self.optimizer, scaler=self.scaler)
         self.seconds_before = saved.get("seconds")
 
     def check_finite(self, place):
@@ -299,7 +303,7 @@ def describe(run, data, model, steps, peak_lr, device):
         log(f"=> --warmup-epochs {args.warmup_epochs}: not below --epochs, so the peak is not reached")
     most = math.log(2 * (args.batch_size - 1))
     if args.loss_type == "isogclr" and args.rho >= most:
-        log(f"=> --rho {args.rho:g}: not below log(2 (B - 1)) = {most:.2f}, so every temperature falls to --t-min")
+        log(f"=> --rho {args.rho:g}: not below log(2 (B - 1)) = {most:.2f}, so all temperatures fall towards --t-min")
     if args.dry_run:
         log(f"=> dry run: measures some steps, in about {DRY_SECONDS} seconds at most, and writes nothing")
 
@@ -326,26 +330,29 @@ def side_by_side(augment, images1, images2):
 def show_histograms(events, criterion, steps, at):
     """Log histograms of the moving averages u, of their ages, and of the temperatures if each image has its own.
 
-    steps: per epoch; at: the total so far.
+    Only of images visited so far. steps: per epoch; at: the total so far.
     """
     if events.writer and isinstance(criterion, GlobalContrastiveLoss):
-        events.write("add_histogram", "u/log u", criterion.log_u[criterion.log_u.isfinite()], at)
+        visited = criterion.log_u.isfinite()
+        events.write("add_histogram", "u/log u", criterion.log_u[visited], at)
         events.write("add_histogram", "u/age in epochs", criterion.age / steps, at)
         if isinstance(criterion, RobustGlobalContrastiveLoss):
-            events.write("add_histogram", "tau/tau", criterion.tau, at)
+            events.write("add_histogram", "tau/tau", criterion.tau[visited], at)
 
 
-def show_extremes(events, tau, data, at):
-    """Log the images with the largest temperatures as a row of pictures, above those with the smallest.
+def show_extremes(events, criterion, data, at):
+    """Log two rows of pictures if each image has its own temperature: those with the largest and with the smallest.
 
-    tau: [N] the temperatures of the images of `data`, an `ImageSet`; at: total steps.
+    data: the `ImageSet` in training; at: total steps.
     """
-    if events.writer:
-        order = tau.argsort(stable=True).tolist()
+    if events.writer and isinstance(criterion, RobustGlobalContrastiveLoss):
+        visited = criterion.log_u.isfinite().nonzero().flatten()
+        order = visited[criterion.tau[visited].argsort(stable=True)].tolist()
         per_row = min(len(order) // 2, 16)
-        batches = LabeledBatches(data, bad_images="skip")       # leaves out unreadable ones, which keep their first tau
-        pictures = [batches.make(0, row, ()).content[0] for row in (order[::-1][:per_row], order[:per_row])]
-        events.write("add_image", "tau/largest above smallest", make_grid(torch.cat(pictures) / 255, nrow=per_row), at)
+        batches = LabeledBatches(data, bad_images="skip")       # without those that can no longer be read
+        for name, row in (("largest", order[::-1][:per_row]), ("smallest", order[:per_row])):
+            if len(pictures := batches.make(0, row, ()).content[0]):
+                events.write("add_image", f"tau/{name}", make_grid(pictures, nrow=per_row), at)
 
 
 def checkpoint_is_kept(args, epoch):

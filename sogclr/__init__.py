@@ -1,9 +1,9 @@
 """SogCLR: self-supervised pretraining with the global contrastive loss (Yuan et al., ICML 2022, arXiv 2202.12387).
 
-Start reading at `train.py`. Modules: `loss` (the method), `builder` (the model), `optimizer` (LARS), `datasets`,
-`files`, `shapes` and `loader` (data), `augment` (color, on the device), `features`, `classifiers`, `logistic`, `knn`,
-`subset` and `monitor` (evaluation), `distributed` and `parallel` (several processes), `launch` (how they start and
-end), `run`, `checkpoint`, `safetensors`, `report`, `meters` and `flags` (the run).
+Start reading at `train.py`. Modules: `loss` and `isogclr` (the method), `builder` (the model), `optimizer` (LARS),
+`datasets`, `files`, `shapes` and `loader` (data), `augment` (color, on the device), `features`, `classifiers`,
+`logistic`, `knn`, `subset` and `monitor` (evaluation), `distributed` and `parallel` (several processes), `launch` (how
+they start and end), `run`, `checkpoint`, `safetensors`, `report`, `meters` and `flags` (the run).
 """
 
 

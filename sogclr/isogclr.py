@@ -5,16 +5,18 @@ Automatic Temperature Individualization". In the notation of `sogclr.loss`, with
 
     RGCL = mean_i [ min over tau_i of tau_i (log g_i^a + rho) + tau_i (log g_i^b + rho) - 2 s(z_i^a, z_i^b) ]
 
-which is the mean score of the negatives under the worst weights p_i that are within rho nats (KL) of equal ones. The
-gradient for the projections is SogCLR's with tau_i for tau: the tau_i before the logarithm and the 1/tau_i of the score
-cancel. For tau_i, the mean over the views of the derivative of tau_i (log g_i + rho), with U for g as everywhere, is
+with tau_i in [tau_min, tau_max]: the terms with tau_i are the largest expected score of the negatives over weights p_i
+(one set per view) whose KL divergences from uniform are at most rho on average. The gradient for the projections is
+SogCLR's with tau_i for tau: the tau_i before the logarithm and the 1/tau_i of the score cancel. For tau_i it is, as the
+mean of the views, and with U for g as everywhere:
 
-    G_i       = 1/2 sum over a, b of [ log U_i + rho - mean_j w_ij s(z_i, z_j) / tau_i ]
-    v_i     <- (1 - beta) v_i + beta G_i                           from 0
-    tau_i   <- clip(tau_i - eta v_i, tau_min, tau_max)             after the batch, whose loss has the tau_i before
+    G_i    = 1/2 sum over a, b of [ log U_i + rho - mean_j w_ij s(z_i, z_j) / tau_i ]
+    v_i   <- (1 - beta) v_i + beta G_i                             from 0
+    tau_i <- clip(tau_i - eta v_i, tau_min, tau_max)               after the loss, which uses the old tau_i
 
-Where U = g, G_i = rho - KL(p_i || equal weights), where p_ij is proportional to exp(s(z_i, z_j) / tau_i): tau_i rises
-while the softmax over the negatives is more peaked than rho nats, and falls while it is less so.
+Where U = g, G_i = rho - KL(p_i || uniform) with p_ij proportional to exp(s(z_i, z_j) / tau_i): tau_i rises while the
+softmax over the negatives is more than rho nats from uniform. But u_i is from earlier visits, at other temperatures:
+with a small gamma and a large eta tau_i swings about that point instead of settling.
 """
 
 import torch
@@ -26,8 +28,8 @@ from sogclr.loss import GlobalContrastiveLoss
 class RobustGlobalContrastiveLoss(GlobalContrastiveLoss):
     """The global contrastive loss with a temperature for each image: `isogclr`.
 
-    num_samples, gamma: as in `GlobalContrastiveLoss`; temperature: the one to start from; rho: >= 0, how far, in nats,
-    the negatives' weights are from equal; tau_min, tau_max: bounds of the temperatures; eta: >= 0, their learning rate;
+    num_samples, gamma: as in `GlobalContrastiveLoss`; temperature: the one to start from; rho: >= 0, the KL divergence
+    from uniform, in nats, that the temperatures aim at; tau_min, tau_max: their bounds; eta: >= 0, their learning rate;
     beta: in (0, 1], weight of the new value in `v`. With eta 0 it is `GlobalContrastiveLoss`.
 
     Two buffers are added, both [N] float32 and equal on all ranks: the temperatures `tau`, and `v`, the moving averages

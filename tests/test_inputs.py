@@ -55,6 +55,8 @@ BAD = [
     (lincls, ["--pretrained", "missing.pth"], "--pretrained missing.pth: no such file"),
     (lincls, ["--pretrained", "TEXT"], "TEXT: not a checkpoint"),
     (train, ["--rho", "1", "--t-lr", "0"], "--rho, --t-lr: needs --loss_type isogclr"),
+    (train, ["--loss_type", "isogclr", "--t-min", "0.9"], "--t-min 0.9: must not be above --t-max 0.7"),
+    (train, ["--t-max", "1e39"], "--t-max: must be a number in [0.001, 1000]"),
     (train, ["--loss_type", "isogclr", "--t", "0.8"], "--t 0.8: must be in --t-min to --t-max, 0.05 to 0.7"),
     (lincls, ["-e"], "--evaluate: needs"),
     (lincls, ["-e", "--resume", "auto"], "--evaluate: "),

@@ -7,12 +7,13 @@ import math
 import os
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import PRETRAIN, PYTHON, ROOT, TINY, call, load, losses, newest, refused, run
+from helpers import CLASSES, PRETRAIN, PYTHON, ROOT, TINY, call, load, losses, newest, refused, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -113,22 +114,48 @@ def test_temperatures_are_saved_resumed_and_shown(imagenet, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(train, *command, "--save_dir", tmp_path / "other", "--resume", first, "--rho", 1)
     assert "made with --rho 0.3, not 1.0; leave --rho out" in capsys.readouterr().err
+    other = {name: value for name, value in one.items() if name not in ("settings", "step")}
+    torch.save(other | {"epoch": 1, "tau": one["tau"][:, None]}, tmp_path / "other.pth.tar")
+    with pytest.raises(SystemExit, match="2"):
+        call(train, *command, "--save_dir", tmp_path / "other", "--resume", tmp_path / "other.pth.tar")
+    assert "other.pth.tar: was made with another model" in capsys.readouterr().err
 
     log = EventAccumulator(str(newest(tmp_path / "straight").parent), size_guidance={"histograms": 0}).Reload()
     assert [event.step for event in log.Histograms("tau/tau")] == [3, 6, 9]
-    shown = np.asarray(Image.open(io.BytesIO(log.Images("tau/largest above smallest")[0].encoded_image_string)))
-    data = open_data_set("imagenet1000", imagenet, "train", 32)
-    order = one["tau"].argsort(descending=True).tolist()
-    for row, indices in ((0, order[:12]), (1, order[:-13:-1])):
-        for column, index in enumerate(indices):
-            picture = shown[2 + 34 * row:, 2 + 34 * column:][:32, :32]
-            assert (picture == np.moveaxis(center_view(data.images[index][0], 32).numpy(), 0, 2)).all()
+    smallest_first = one["tau"].argsort(stable=True).tolist()
+    assert shown(log, "tau/smallest", imagenet) == smallest_first[:12]
+    assert shown(log, "tau/largest", imagenet) == smallest_first[:11:-1]
+
+
+def shown(log, name, folder):
+    """The images in a row of pictures, by their indices in a folder of the same files."""
+    row = np.asarray(Image.open(io.BytesIO(log.Images(name)[0].encoded_image_string)))
+    pictures = [row[2:34, 2 + column:][:, :32] for column in range(0, row.shape[1] - 2, 34)]
+    views = [np.moveaxis(center_view(image, 32).numpy(), 0, 2) for image, _ in
+             open_data_set("imagenet1000", folder, "train", 32).images]
+    return [next(i for i, view in enumerate(views) if (picture == view).all()) for picture in pictures]
+
+
+def test_only_images_that_were_seen_have_temperatures(imagenet, tmp_path):
+    """One that cannot be read, or was left over in the only epoch, must be in no histogram or row of pictures."""
+    shutil.copytree(imagenet, tmp_path / "data")
+    (tmp_path / "data" / "train" / CLASSES[0] / f"{CLASSES[0]}_3.JPEG").write_bytes(b"broken")
+    call(train, "--data", tmp_path / "data", *TINY, "--save_dir", tmp_path, "--epochs", 1, "--batch-size", 10,
+         "--bad-images", "skip", "--loss_type", "isogclr", "--seed", 1)
+    visited = (load(tmp_path)["last_visit"] > 0).nonzero().flatten().tolist()
+    assert 10 < len(visited) <= 20
+    assert 3 not in visited
+    log = EventAccumulator(str(newest(tmp_path).parent)).Reload()
+    assert log.Histograms("tau/tau")[0].histogram_value.num == len(visited)
+    pictures = {*shown(log, "tau/largest", imagenet), *shown(log, "tau/smallest", imagenet)}
+    assert pictures <= set(visited)
+    assert len(pictures) == len(visited) // 2 * 2
 
 
 def test_a_rho_that_no_batch_can_reach_is_pointed_out(imagenet, tmp_path):
     """From log(2 (B - 1)) nats on, as far from uniform as 2 (B - 1) weights can be."""
     command = ["--data", imagenet, *TINY, "--save_dir", tmp_path, "--loss_type", "isogclr", "--dry-run"]
-    notes = [sum("every temperature falls" in line for line in call(train, *command, "--rho", rho))
+    notes = [sum("all temperatures fall" in line for line in call(train, *command, "--rho", rho))
              for rho in (math.log(14) - 0.01, math.log(14) + 0.01)]
     assert notes == [0, 1]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does a small batch harm? Trains SimCLR, SogCLR (and iSogCLR) with equal settings at several batch sizes, to compare.
+"""Does a small batch harm? Trains SimCLR and SogCLR with equal settings at several batch sizes, and compares them.
 
     python scripts/experiments/batch_size.py gpu --data DIR      all of CIFAR-10, batch 32 to 512, the authors' settings
     python scripts/experiments/batch_size.py cpu --data DIR      5,000 images of it, batch 16 to 256
