@@ -316,6 +316,8 @@ def watched(criterion, losses, gcl, lr, progress):
               "run/images per second": progress.images_per_second}
     if isinstance(criterion, GlobalContrastiveLoss):
         values["run/gamma"] = criterion.gamma
+    if isinstance(criterion, RobustGlobalContrastiveLoss):
+        values["tau/mean"] = criterion.batch_tau.mean()
     if criterion.keys.is_cuda:
         values["run/GPU memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
     return values
