@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 import torch
-from torchvision.utils import make_grid
 
 from sogclr import InputError, checkpoint, report
 from sogclr.augment import Augment, pil_recipe
@@ -30,23 +29,24 @@ from sogclr.distributed import broadcast_int, log, world_size
 from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, refuse, resolve_precision
 from sogclr.isogclr import RobustGlobalContrastiveLoss
 from sogclr.launch import launch
-from sogclr.loader import LabeledBatches, Loader, TwoViewBatches, check_batch_size
+from sogclr.loader import Loader, TwoViewBatches, check_batch_size
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, gamma_at
 from sogclr.meters import AverageMeter, NanGuard, Progress
-from sogclr.monitor import FeatureMonitor, alignment_and_uniformity
+from sogclr.monitor import FeatureMonitor, show_extremes, show_histograms, side_by_side, watched
 from sogclr.optimizer import LARS, lr_at, scaled_lr, set_lr
 from sogclr.parallel import data_parallel
 from sogclr.run import Run, file_name
 
 DRY_STEPS, DRY_SECONDS = 12, 60     # what --dry-run measures at least, unless its time is up; it does two steps anyway
 METHODS = {"dcl": "sogclr", "cl": "simclr", "isogclr": "isogclr"}      # --loss_type: name of the method
+GAMMA_FLAGS = ("gamma", "gamma_schedule", "gamma_decay_epochs")        # of dcl and isogclr
 ISOGCLR_FLAGS = ("rho", "t_min", "t_max", "t_lr", "t_beta")
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")     # and u, except with cl
 # Settings that a resumed run must share with its checkpoint, since they change the results.
-RESUME_FLAGS = ("data_name", "arch", "stem", "dim", "mlp_dim", "num_proj_layers", "loss_type", "t", "gamma",
-                "gamma_schedule", "gamma_decay_epochs", "image_size", "crop_min", "augment", "optimizer", "batch_size",
-                "epochs", "lr", "learning_rate_scaling", "momentum", "weight_decay", "warmup_epochs", "precision",
-                "seed", *ISOGCLR_FLAGS)
+RESUME_FLAGS = ("data_name", "arch", "stem", "dim", "mlp_dim", "num_proj_layers", "loss_type", "t",
+                *GAMMA_FLAGS, "image_size", "crop_min", "augment", "optimizer", "batch_size", "epochs", "lr",
+                "learning_rate_scaling", "momentum", "weight_decay", "warmup_epochs", "precision", "seed",
+                *ISOGCLR_FLAGS)
 
 
 def build_parser():
@@ -306,55 +306,6 @@ def describe(run, data, model, steps, peak_lr, device):
         log(f"=> --rho {args.rho:g}: not below log(2 (B - 1)) = {most:.2f}, so all temperatures fall towards --t-min")
     if args.dry_run:
         log(f"=> dry run: measures some steps, in about {DRY_SECONDS} seconds at most, and writes nothing")
-
-
-def watched(criterion, losses, gcl, lr, progress):
-    """The scalars logged to TensorBoard for a step, {name: value}."""
-    alignment, uniformity = alignment_and_uniformity(criterion.keys)
-    values = {"loss/loss": losses.value, "loss/gcl": gcl.value, "features/alignment": alignment,
-              "features/uniformity": uniformity, "run/learning rate": lr,
-              "run/images per second": progress.images_per_second}
-    if isinstance(criterion, GlobalContrastiveLoss):
-        values["run/gamma"] = criterion.gamma
-    if isinstance(criterion, RobustGlobalContrastiveLoss):
-        values["tau/mean"] = criterion.batch_tau.mean()
-    if criterion.keys.is_cuda:
-        values["run/GPU memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    return values
-
-
-def side_by_side(augment, images1, images2):
-    """The two views of the first images side by side, as one picture [3, H, W] in [0, 1]."""
-    pairs = torch.stack([images1[:32], images2[:32]], 1).flatten(0, 1)
-    return make_grid(augment.normalize.undo(pairs))
-
-
-def show_histograms(events, criterion, steps, at):
-    """Log histograms of the moving averages u, of their ages, and of the temperatures if each image has its own.
-
-    Only of images visited so far. steps: per epoch; at: the total so far.
-    """
-    if events.writer and isinstance(criterion, GlobalContrastiveLoss):
-        visited = criterion.log_u.isfinite()
-        events.write("add_histogram", "u/log u", criterion.log_u[visited], at)
-        events.write("add_histogram", "u/age in epochs", criterion.age / steps, at)
-        if isinstance(criterion, RobustGlobalContrastiveLoss):
-            events.write("add_histogram", "tau/tau", criterion.tau[visited], at)
-
-
-def show_extremes(events, criterion, data, at):
-    """Log two rows of pictures if each image has its own temperature: those with the largest and with the smallest.
-
-    data: the `ImageSet` in training; at: total steps.
-    """
-    if events.writer and isinstance(criterion, RobustGlobalContrastiveLoss):
-        visited = criterion.log_u.isfinite().nonzero().flatten()
-        order = visited[criterion.tau[visited].argsort(stable=True)].tolist()
-        per_row = min(len(order) // 2, 16)
-        batches = LabeledBatches(data, bad_images="skip")       # without those that can no longer be read
-        for name, row in (("largest", order[::-1][:per_row]), ("smallest", order[:per_row])):
-            if len(pictures := batches.make(0, row, ()).content[0]):
-                events.write("add_image", f"tau/{name}", make_grid(pictures, nrow=per_row), at)
 
 
 def checkpoint_is_kept(args, epoch):

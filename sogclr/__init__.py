@@ -2,8 +2,9 @@
 
 Start reading at `train.py`. Modules: `loss` and `isogclr` (the method), `builder` (the model), `optimizer` (LARS),
 `datasets`, `files`, `shapes` and `loader` (data), `augment` (color, on the device), `features`, `classifiers`,
-`logistic`, `knn`, `subset` and `monitor` (evaluation), `distributed` and `parallel` (several processes), `launch` (how
-they start and end), `run`, `checkpoint`, `safetensors`, `report`, `meters` and `flags` (the run).
+`logistic`, `knn` and `subset` (evaluation), `monitor` (what to watch), `distributed` and `parallel` (several
+processes), `launch` (how they start and end), `run`, `checkpoint`, `safetensors`, `report`, `meters` and `flags` (the
+run).
 """
 
 

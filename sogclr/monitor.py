@@ -1,14 +1,20 @@
-"""What is watched during pretraining, besides the losses; it leaves the run as it is."""
+"""What to watch during pretraining: scalars, histograms and pictures for TensorBoard, and the encoder's evaluation.
+
+All of it leaves the run as it is.
+"""
 
 import copy
 import math
 
 import torch
+from torchvision.utils import make_grid
 
 from sogclr.augment import Normalize
 from sogclr.features import Encoder, effective_rank, sample
+from sogclr.isogclr import RobustGlobalContrastiveLoss
 from sogclr.knn import evaluate_knn
 from sogclr.loader import LabeledBatches, Loader
+from sogclr.loss import GlobalContrastiveLoss
 
 
 class FeatureMonitor:
@@ -48,6 +54,21 @@ class FeatureMonitor:
         return measured
 
 
+def watched(criterion, losses, gcl, lr, progress):
+    """The scalars logged to TensorBoard for a step, {name: value}."""
+    alignment, uniformity = alignment_and_uniformity(criterion.keys)
+    values = {"loss/loss": losses.value, "loss/gcl": gcl.value, "features/alignment": alignment,
+              "features/uniformity": uniformity, "run/learning rate": lr,
+              "run/images per second": progress.images_per_second}
+    if isinstance(criterion, GlobalContrastiveLoss):
+        values["run/gamma"] = criterion.gamma
+    if isinstance(criterion, RobustGlobalContrastiveLoss):
+        values["tau/mean"] = criterion.batch_tau.mean()
+    if criterion.keys.is_cuda:
+        values["run/GPU memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    return values
+
+
 @torch.no_grad()
 def alignment_and_uniformity(keys):
     """How close the two views of an image are, and how evenly the images are spread (Wang and Isola, arXiv 2005.10242).
@@ -61,3 +82,37 @@ def alignment_and_uniformity(keys):
         potential = (4 * (Z @ Z.T) - 4).fill_diagonal_(-math.inf)       # -2 |x - y|^2 of unit vectors
         uniformity = uniformity + (potential.flatten().logsumexp(0) - math.log(B * (B - 1))) / 2
     return (2 - 2 * (Z1 * Z2).sum(1)).mean(), uniformity
+
+
+def side_by_side(augment, images1, images2):
+    """The two views of the first images side by side, as one picture [3, H, W] in [0, 1]."""
+    pairs = torch.stack([images1[:32], images2[:32]], 1).flatten(0, 1)
+    return make_grid(augment.normalize.undo(pairs))
+
+
+def show_histograms(events, criterion, steps, at):
+    """Log histograms of the moving averages u, of their ages, and of the temperatures if each image has its own.
+
+    Only of images visited so far. steps: per epoch; at: the total so far.
+    """
+    if events.writer and isinstance(criterion, GlobalContrastiveLoss):
+        visited = criterion.log_u.isfinite()
+        events.write("add_histogram", "u/log u", criterion.log_u[visited], at)
+        events.write("add_histogram", "u/age in epochs", criterion.age / steps, at)
+        if isinstance(criterion, RobustGlobalContrastiveLoss):
+            events.write("add_histogram", "tau/tau", criterion.tau[visited], at)
+
+
+def show_extremes(events, criterion, data, at):
+    """Log two rows of pictures if each image has its own temperature: those with the largest and with the smallest.
+
+    data: the `ImageSet` in training; at: total steps.
+    """
+    if events.writer and isinstance(criterion, RobustGlobalContrastiveLoss):
+        visited = criterion.log_u.isfinite().nonzero().flatten()
+        order = visited[criterion.tau[visited].argsort(stable=True)].tolist()
+        per_row = min(len(order) // 2, 16)
+        batches = LabeledBatches(data, bad_images="skip")       # without those that can no longer be read
+        for name, row in (("largest", order[::-1][:per_row]), ("smallest", order[:per_row])):
+            if len(pictures := batches.make(0, row, ()).content[0]):
+                events.write("add_image", f"tau/{name}", make_grid(pictures, nrow=per_row), at)

@@ -124,7 +124,8 @@ def test_temperatures_are_saved_resumed_and_shown(imagenet, tmp_path, capsys):
     assert [event.step for event in log.Histograms("tau/tau")] == [3, 6, 9]
     means = [event.value for event in log.Scalars("tau/mean")]
     assert means[0] == pytest.approx(0.1)
-    assert means[-1] == pytest.approx(one["tau"].mean().item(), rel=0.3)
+    after_first = torch.load(first, weights_only=True)["tau"]
+    assert np.mean(means[3:6]) == pytest.approx(after_first.mean().item())      # the three batches of the second epoch
     smallest_first = one["tau"].argsort(stable=True).tolist()
     assert shown(log, "tau/smallest", imagenet) == smallest_first[:12]
     assert shown(log, "tau/largest", imagenet) == smallest_first[:11:-1]

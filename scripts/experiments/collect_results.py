@@ -23,12 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sogclr import InputError
 from sogclr.flags import Parser, output_file
-from train import ISOGCLR_FLAGS, PARSER, RESUME_FLAGS
+from train import GAMMA_FLAGS, ISOGCLR_FLAGS, PARSER, RESUME_FLAGS
 
 MINUTES = "minutes"
 LOSSES = {"cl": ("SimCLR", (200, 80, 40)), "dcl": ("SogCLR", (40, 90, 180)),        # name and color
           "isogclr": ("iSogCLR", (30, 140, 90))}
-GAMMA_FLAGS = ("gamma", "gamma_schedule", "gamma_decay_epochs")
 # Losses to compare, with the settings that only the first has.
 PAIRS = (("dcl", "cl", GAMMA_FLAGS), ("isogclr", "dcl", ISOGCLR_FLAGS))
 
@@ -99,14 +98,14 @@ def differences(names, table):
     """The differences of PAIRS, seed by seed, if all settings but the first loss's own are equal: a table as from
     `read`.
     """
+    def common(settings, own):
+        return tuple(value for name, value in zip(names, settings, strict=True) if name not in ("loss_type", *own))
+
     result = {}
     for loss, other, own in PAIRS:
-        def common(settings, own=own):
-            return tuple(value for name, value in zip(names, settings, strict=True) if name not in ("loss_type", *own))
-
-        others = {common(settings): row for settings, row in table.items() if settings[0] == other}
+        others = {common(settings, own): row for settings, row in table.items() if settings[0] == other}
         for settings, row in table.items():
-            base = others.get(common(settings), {}) if settings[0] == loss else {}
+            base = others.get(common(settings, own), {}) if settings[0] == loss else {}
             pairs = {column: {seed: value - base[column][seed] for seed, value in seeds.items() if seed in base[column]}
                      for column, seeds in row.items() if column in base and column != MINUTES}
             pairs = {column: seeds for column, seeds in pairs.items() if seeds}
