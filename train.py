@@ -44,9 +44,9 @@ ISOGCLR_FLAGS = ("rho", "t_min", "t_max", "t_lr", "t_beta")
 CHECKPOINT_KEYS = ("epoch", "arch", "state_dict", "optimizer", "scaler")     # and u, except with cl
 # Settings that a resumed run must share with its checkpoint, since they change the results.
 RESUME_FLAGS = ("data_name", "arch", "stem", "dim", "mlp_dim", "num_proj_layers", "loss_type", "t",
-                *GAMMA_FLAGS, "image_size", "crop_min", "augment", "optimizer", "batch_size", "epochs", "lr",
-                "learning_rate_scaling", "momentum", "weight_decay", "warmup_epochs", "precision", "seed",
-                *ISOGCLR_FLAGS)
+                *GAMMA_FLAGS, "image_size", "crop_min", "augment", "optimizer", "batch_size", "loss_batch_size",
+                "epochs", "lr", "learning_rate_scaling", "momentum", "weight_decay", "warmup_epochs", "precision",
+                "seed", *ISOGCLR_FLAGS)
 
 
 def build_parser():
@@ -73,6 +73,10 @@ def build_parser():
                              "which learns a temperature for each image, cl is SimCLR's")
     method.add_argument("--t", default=0.1, type=number(float, "(0, inf)"), metavar="T",
                         help="temperature; with isogclr, the one that all images start from")
+    method.add_argument("--loss-batch-size", type=number(int, "[2, inf)"), metavar="N",
+                        help="cut each batch into smaller ones of N images for the loss, whose negatives are then few, "
+                             "while BatchNorm, steps and learning rate stay as they are: to study small batches "
+                             "(default: --batch-size)")
     method.add_argument("--gamma", default=0.9, type=number(float, "(0, 1]"),
                         help="weight of the new value in the moving averages u of dcl and isogclr")
     method.add_argument("--gamma-schedule", default="constant", choices=("constant", "cosine"),
@@ -115,12 +119,13 @@ def run_name(args):
             f"_E{args.epochs}_WR{args.warmup_epochs}_lr_{args.lr:g}_{args.learning_rate_scaling}"
             f"_wd_{args.weight_decay:g}_t_{args.t:g}_g_{args.gamma:g}_m_{args.momentum:g}_{args.optimizer}")
     name += non_defaults(PARSER, args, ("num_proj_layers", "crop_min", "stem", "image_size", "precision", "augment",
-                                        "gamma_schedule", "gamma_decay_epochs", *ISOGCLR_FLAGS, "seed"))
+                                        "loss_batch_size", "gamma_schedule", "gamma_decay_epochs", *ISOGCLR_FLAGS,
+                                        "seed"))
     return file_name(name, 255 - len("linear_eval_"))       # which lincls.py puts before it
 
 
 def main_worker(args, device):
-    check_temperatures(args)
+    check_flags(args)
     # Data: the workers make two uint8 crops per image, and color augmentation runs on the device.
     data = open_data_set(args.data_name, args.data, "train", args.image_size, labels=args.data_name != "folder")
     check_batch_size(args.batch_size, len(data.images))
@@ -146,6 +151,7 @@ def main_worker(args, device):
 
     # The run: it resumes from its checkpoint, if any, and keeps a record.
     settings = vars(args) | {"seed": run.seed, "precision": precision, "stem": stem, "image_size": data.image_size,
+                             "loss_batch_size": args.loss_batch_size or args.batch_size,
                              "gamma_decay_epochs": args.gamma_decay_epochs or max(args.epochs // 2, 1),
                              "images": data.fingerprint}
     if args.loss_type != "isogclr":
@@ -217,11 +223,13 @@ def main_worker(args, device):
     log(f"=> done: {run.folder / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
 
 
-def check_temperatures(args):
-    """Raise InputError if the flags of isogclr contradict each other, or are given for another loss."""
+def check_flags(args):
+    """Raise InputError if the flags of the loss contradict each other, or are given for another one."""
     given = [name for name in ISOGCLR_FLAGS if getattr(args, name) != PARSER.get_default(name)]
     isogclr = args.loss_type == "isogclr"
-    refuse((not isogclr and given, f"{', '.join(map(PARSER.flag, given))}: needs --loss_type isogclr, pass that too"),
+    refuse((args.batch_size % (args.loss_batch_size or 1),
+            f"--loss-batch-size {args.loss_batch_size}: must divide --batch-size {args.batch_size}"),
+           (not isogclr and given, f"{', '.join(map(PARSER.flag, given))}: needs --loss_type isogclr, pass that too"),
            (args.t_min > args.t_max, f"--t-min {args.t_min:g}: must not be above --t-max {args.t_max:g}"),
            (isogclr and not args.t_min <= args.t <= args.t_max,
             f"--t {args.t:g}: must be in --t-min to --t-max, {args.t_min:g} to {args.t_max:g}"))
@@ -230,11 +238,14 @@ def check_temperatures(args):
 def make_criterion(args, num_images):
     """Create the loss of --loss_type."""
     if args.loss_type == "cl":
-        return ContrastiveLoss(args.t)
-    if args.loss_type == "dcl":
-        return GlobalContrastiveLoss(num_images, args.t, args.gamma)
-    return RobustGlobalContrastiveLoss(num_images, args.t, args.gamma, args.rho, args.t_min, args.t_max, args.t_lr,
-                                       args.t_beta)
+        criterion = ContrastiveLoss(args.t)
+    elif args.loss_type == "dcl":
+        criterion = GlobalContrastiveLoss(num_images, args.t, args.gamma)
+    else:
+        criterion = RobustGlobalContrastiveLoss(num_images, args.t, args.gamma, args.rho, args.t_min, args.t_max,
+                                                args.t_lr, args.t_beta)
+    criterion.group_size = args.loss_batch_size
+    return criterion
 
 
 def make_optimizer(args, model):
@@ -301,7 +312,7 @@ def describe(run, data, model, steps, peak_lr, device):
     log("=> config: " + ", ".join(f"{name} {settings[name]}" for name in RESUME_FLAGS if settings[name] is not None))
     if args.warmup_epochs >= args.epochs:
         log(f"=> --warmup-epochs {args.warmup_epochs}: not below --epochs, so the peak is not reached")
-    most = math.log(2 * (args.batch_size - 1))
+    most = math.log(2 * (settings["loss_batch_size"] - 1))
     if args.loss_type == "isogclr" and args.rho >= most:
         log(f"=> --rho {args.rho:g}: not below log(2 (B - 1)) = {most:.2f}, so all temperatures fall towards --t-min")
     if args.dry_run:

@@ -52,6 +52,14 @@ class Parser(argparse.ArgumentParser):
         return next(option for action in self._actions if action.dest == name
                     for option in action.option_strings if option.startswith("--"))
 
+    def flags(self, args):
+        """The command line of the settings in `args` that differ from their defaults, as a list of words."""
+        words = []
+        for name, value in vars(args).items():
+            if value != self.get_default(name):
+                words += [self.flag(name)] if value is True else [self.flag(name), str(value)]
+        return words
+
     def require_same(self, made_with, now, source):
         """Raise InputError if a setting differs from that in a checkpoint, naming the flag and both values.
 

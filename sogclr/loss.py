@@ -31,20 +31,24 @@ import torch.nn.functional as F
 from sogclr.distributed import all_gather, gather_with_gradient, mean_over_ranks, rank, world_size
 
 
-def similarities(z1, z2):
+def similarities(z1, z2, group_size=None):
     """The similarities of this rank's views to all views of the global batch.
 
-    z1, z2: [b, D] the two views' projections, not normalized, with the same b on each rank.
+    z1, z2: [b, D] the two views' projections, not normalized, with the same b on each rank; group_size: see `_Loss`.
     Returns, in float32 or higher even inside autocast: keys [2B, D], the unit projections of all ranks, views a before
     views b, with their gradient; s [2b, 2B], the similarity of each view of this rank (a before b) to each key;
-    positive [b], that of an image's two views; is_negative [2b, 2B], whether the key is a view of another image.
-    Raises ValueError if the views' shapes differ, or if there is only one image.
+    positive [b], that of an image's two views; is_negative [2b, 2B], whether the key is a view of another image of
+    the group; and count, how many negatives each view has.
+    Raises ValueError if the views' shapes differ, if there is only one image, or if groups do not divide the batch.
     """
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise ValueError(f"the two views must both be [B, D], got {list(z1.shape)} and {list(z2.shape)}")
     b, B = len(z1), len(z1) * world_size()
+    size = group_size or B
     if B < 2:
         raise ValueError("the batch must have at least 2 images: a single one has no negatives")
+    if size < 2 or B % size:
+        raise ValueError(f"group_size must be at least 2 and divide the batch of {B} images, got {size}")
     with torch.autocast(z1.device.type, enabled=False):
         z = F.normalize(torch.cat([z1, z2]).to(torch.promote_types(z1.dtype, torch.float32)), dim=1)    # [2b, D]
         z1, z2 = z.chunk(2)
@@ -52,14 +56,18 @@ def similarities(z1, z2):
         keys = keys.transpose(0, 1).flatten(0, 1)                               # [2B, D]
         s = z @ keys.T
     image = torch.arange(B, device=s.device).expand(2, B)                       # of each key
-    own = image[:, rank() * b:(rank() + 1) * b]                                 # of each view of this rank
-    return keys, s, (z1 * z2).sum(1), own.reshape(-1, 1) != image.flatten()
+    own, image = image[:, rank() * b:(rank() + 1) * b].reshape(-1, 1), image.flatten()      # own: of this rank's views
+    is_negative = (own != image) & (own // size == image // size)
+    return keys, s, (z1 * z2).sum(1), is_negative, 2 * (size - 1)
 
 
 class _Loss(nn.Module):
     """What both losses share: the temperature, and public values of the last global batch, equal on all ranks.
 
     keys: [2B, D] the unit projections, views a before views b; log_U: [B, 2] of U_i^a and U_i^b; both detached.
+
+    group_size: None, or how many images are compared with each other. Each batch is then so many smaller ones, cut in
+    its order, over which the loss is averaged: B in the formulas is theirs.
     """
 
     def __init__(self, temperature=0.1):
@@ -67,7 +75,7 @@ class _Loss(nn.Module):
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         self.temperature = temperature
-        self.keys = self.log_U = None
+        self.group_size = self.keys = self.log_U = None
 
     @torch.no_grad()
     def gcl(self):
@@ -120,11 +128,10 @@ class GlobalContrastiveLoss(_Loss):
         Raises ValueError if shapes do not match, or an image is out of range or appears twice. (For an index on a GPU
         only the shape is checked, since reading it would wait for the GPU.)
         """
-        keys, s, positive, is_negative = similarities(z1, z2)
+        keys, s, positive, is_negative, count = similarities(z1, z2, self.group_size)
         if index.shape != positive.shape:
             raise ValueError(f"index must be [{len(positive)}], one for each image, got {list(index.shape)}")
         self._check(index)
-        count = len(keys) - 2                                                           # 2(B-1) negatives per view
         index = index.to(s.device, non_blocking=True)
         with torch.no_grad():
             logits = (s / self._tau(index)).masked_fill(~is_negative, -math.inf)        # [2b, 2B]
@@ -176,8 +183,8 @@ class ContrastiveLoss(_Loss):
 
     def forward(self, z1, z2, index=None):
         """z1, z2: [b, D] not normalized; index is not needed. Returns and raises like `GlobalContrastiveLoss`."""
-        keys, s, positive, is_negative = similarities(z1, z2)
+        keys, s, positive, is_negative, count = similarities(z1, z2, self.group_size)
         logits = (s / self.temperature).masked_fill(~is_negative, -math.inf)            # [2b, 2B]
         log_sum, positive = logits.logsumexp(1).view(2, -1), positive / self.temperature
-        self.keys, self.log_U = keys.detach(), all_gather(log_sum.detach().T - math.log(len(keys) - 2))
+        self.keys, self.log_U = keys.detach(), all_gather(log_sum.detach().T - math.log(count))
         return mean_over_ranks((torch.logaddexp(log_sum, positive) - positive).sum(0))

@@ -26,22 +26,27 @@ def planned(monkeypatch, *flags):
     return [train.PARSER.parse_args(list(map(str, steps[0][0][1:]))) for steps in runs.values()], make_images
 
 
-def test_each_loss_batch_size_and_seed_is_trained_once(monkeypatch):
+def test_each_method_batch_size_and_seed_is_trained_once(monkeypatch):
     runs, make_images = planned(monkeypatch, "gpu", "--seeds", "1", "2", "1", "--epochs", "7")
-    assert sorted((run.loss_type, run.batch_size, run.seed) for run in runs) == [
-        (loss, batch, seed) for loss in ("cl", "dcl") for batch in (32, 64, 128, 256, 512) for seed in (1, 2)]
+    assert sorted((run.loss_type, run.gamma, run.batch_size, run.seed) for run in runs) == [
+        (*method, batch, seed) for method in (("cl", 0.9), ("dcl", 0.9), ("dcl", 1.0))
+        for batch in (32, 64, 128, 256, 512) for seed in (1, 2)]
     assert {(run.data_name, run.lr, run.epochs, run.arch) for run in runs} == {("cifar10", 1.0, 7, "resnet18")}
     assert make_images is None
 
 
 def test_gamma_is_tried_at_each_temperature_and_simclr_once(monkeypatch):
-    """SimCLR has no gamma, even if the command sets one: the same run must serve all."""
+    """SimCLR has no gamma and no schedule of it, even if the command sets them: the same run must serve all. DCL has
+    gamma 1.
+    """
     runs, _ = planned(monkeypatch, "gamma", "--seeds", "1")
     assert sorted((run.loss_type, run.t, run.gamma, run.batch_size) for run in runs) == [
         ("cl", 0.05, 0.9, 16), ("cl", 0.1, 0.9, 16),
         *(("dcl", t, gamma, 16) for t in (0.05, 0.1) for gamma in (0.2, 0.9, 1.0))]
-    (run,), _ = planned(monkeypatch, "cpu", "--losses", "cl", "--batch-sizes", "16", "--seeds", "1", "--gamma", "0.3")
-    assert run.gamma == 0.9
+    runs, _ = planned(monkeypatch, "cpu", "--batch-sizes", "16", "--seeds", "1", "--gamma", "0.3", "--gamma-schedule",
+                      "cosine", "--gamma-decay-epochs", "6")
+    assert [(run.loss_type, run.gamma, run.gamma_schedule, run.gamma_decay_epochs) for run in runs] == [
+        ("cl", 0.9, "constant", None), ("dcl", 1.0, "constant", None), ("dcl", 0.3, "cosine", 6)]
 
 
 def test_search_never_sees_validation_images(monkeypatch):
@@ -58,15 +63,24 @@ def test_each_rho_is_tried_on_held_out_images(monkeypatch):
     runs, make_images = planned(monkeypatch, "rho")
     assert "--held-out" in make_images
     assert [(run.loss_type, run.rho) for run in runs] == [("isogclr", rho) for rho in (0.3, 0.2, 0.4, 1.0, 2.0)]
-    runs, _ = planned(monkeypatch, "cpu", "--losses", "cl", "dcl", "isogclr", "--batch-sizes", "64", "--seeds", "1",
-                      "--rho", "1")
+    runs, _ = planned(monkeypatch, "cpu", "--methods", "simclr", "sogclr", "isogclr", "--batch-sizes", "64", "--seeds",
+                      "1", "--rho", "1")
     assert [(run.loss_type, run.rho) for run in runs] == [("cl", 0.3), ("dcl", 0.3), ("isogclr", 1.0)]
 
 
+def test_loss_of_small_batches_in_a_large_one(monkeypatch):
+    """The network must see --batch-size images at a time, whatever the loss does; the whole batch is the usual run."""
+    runs, _ = planned(monkeypatch, "small", "--seeds", "1", "--batch-sizes", "8", "64", "--methods", "simclr")
+    assert [(run.batch_size, run.loss_batch_size) for run in runs] == [(64, 8), (64, None)]
+    runs, _ = planned(monkeypatch, "small", "--seeds", "1", "--batch-sizes", "8", "--batch-size", "256")
+    assert {(run.batch_size, run.loss_batch_size) for run in runs} == {(256, 8)}
+
+
 @pytest.mark.parametrize(("flags", "message"), [
+    (["--loss-batch-size", "3"], "--loss-batch-size 3: must divide --batch-size 4"),
     (["--gama", "1"], "unrecognized arguments: --gama 1"), (["--lr", "x"], "argument --lr/--learning-rate: must be"),
     (["-b256"], "--batch-size: set by this script, use --batch-sizes"), (["--jobs", "0"], "argument --jobs: must be"),
-    (["--loss_type", "dcl"], "--loss_type: set by this script, use --losses"), (["--dry-run"], "--dry-run: set by")])
+    (["--loss_type", "dcl"], "--loss_type: set by this script, use --methods"), (["--dry-run"], "--dry-run: set by")])
 def test_wrong_flag_is_refused_before_anything_is_made(flags, message, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["batch_size.py", *TINY, "--out", str(tmp_path / "out"), *flags])
     with pytest.raises(SystemExit, match="2"):
@@ -122,11 +136,11 @@ def test_stopped_study_continues_and_then_has_nothing_to_do(imagenet, tmp_path, 
     batch_size.main()
     output = capsys.readouterr().out
     logs = [log.read_text() for log in tmp_path.glob("*clr*.log")]
-    assert [log.count("=> done: ") for log in logs] == [1, 1]
+    assert [log.count("=> done: ") for log in logs] == [1, 1, 1]
     assert any("=> resumed " in log for log in logs)
     table = (tmp_path / "results.md").read_text()
     assert output.endswith(table)
-    for row in ("| SimCLR | 4 |", "| SogCLR | 4 |", "| SogCLR - SimCLR | 4 |"):
+    for row in ("| SimCLR | 4 |", "| DCL | 4 |", "| SogCLR | 4 |", "| SogCLR - SimCLR | 4 |", "| SogCLR - DCL | 4 |"):
         assert row in table
     assert all(column in table for column in ("kNN-20", "linear evaluation with cached features, best of 8 rates"))
 

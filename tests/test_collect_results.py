@@ -71,6 +71,33 @@ def test_differences_are_of_equal_settings_and_seeds(runs, monkeypatch, capsys):
         "| SogCLR - SimCLR | 64 | 0.1 | 0.9 | 5.00 | 5.00 | 7.50 ± 3.54 | 1, 2 |"]
 
 
+def test_dcl_is_a_method_of_its_own(runs, monkeypatch, capsys):
+    """SogCLR with gamma 1, whatever its schedule, must have its row between SimCLR and SogCLR, no gamma, and the
+    differences to both.
+    """
+    results = json.loads((runs / "dcl_64_1" / "results.json").read_text())
+    results["encoder"] |= {"gamma": 1.0, "gamma_schedule": "cosine", "gamma_decay_epochs": 6}
+    results["classifiers"][1] = {"acc1": 73.5}
+    (runs / "gamma 1").mkdir()
+    (runs / "gamma 1" / "results.json").write_text(json.dumps(results))
+    rows = [line for line in collect(monkeypatch, capsys, runs) if " 64 |" in line]
+    assert [(row.split(" | ")[0], row.split(" | ")[4][:5]) for row in rows] == [
+        ("| SimCLR", "71.00"), ("| DCL", "73.50"), ("| SogCLR", "75.00"), ("| DCL - SimCLR", "3.50"),
+        ("| SogCLR - SimCLR", "5.00"), ("| SogCLR - DCL", "1.50")]
+
+
+def test_batch_is_that_of_the_loss(runs, monkeypatch, capsys):
+    """A run whose loss saw fewer images at a time must be another row, with the whole batch's size where it varies."""
+    results = json.loads((runs / "dcl_64_1" / "results.json").read_text())
+    results["encoder"]["loss_batch_size"] = 4
+    (runs / "groups").mkdir()
+    (runs / "groups" / "results.json").write_text(json.dumps(results))
+    lines = collect(monkeypatch, capsys, runs)
+    assert lines[0].startswith("| loss | batch | `--batch-size` | kNN-20 ")
+    assert [line.split(" | ")[:3] for line in lines[2:6]] == [
+        ["| SimCLR", "64", "64"], ["| SogCLR", "4", "64"], ["| SogCLR", "64", "64"], ["| SogCLR", "256", "256"]]
+
+
 def test_isogclr_is_compared_with_sogclr(runs, monkeypatch, capsys):
     """Of the same gamma, temperature and seed, whatever its own settings."""
     for name, acc1, settings in (("a", 76.0, {"rho": 0.3}), ("b", 77.0, {"rho": 0.4}), ("c", 90.0, {"gamma": 0.2})):
@@ -114,7 +141,7 @@ def test_settings_that_differ_have_columns(runs, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         collect(monkeypatch, capsys, runs, "--png", runs / "plot.png")
     output = capsys.readouterr()
-    assert "not in t" in output.err
+    assert "method, batch size and seed, not in t" in output.err
     assert output.out.splitlines() == lines
 
 
@@ -124,10 +151,11 @@ def test_plot(runs, monkeypatch, capsys):
     with Image.open(runs / "plot.png") as picture:
         pixels, (width, height) = picture.load(), picture.size
         heights = {}
-        for name, color in collect_results.LOSSES.values():
+        for name, color in collect_results.COLORS.items():
             spots = [(x, y) for x in range(width) for y in range(60, height)        # below the names
                      if pixels[x, y] == color and pixels[x - 3, y] == pixels[x + 3, y] == color]
             heights[name] = [sum(ys) / len(ys) for x in (70, width - 30) if (ys := [y for a, y in spots if a == x])]
+    assert not heights["DCL"] + heights["iSogCLR"]
     (simclr,), (small, large) = heights["SimCLR"], heights["SogCLR"]
     assert large < small < simclr
 

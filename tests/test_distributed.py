@@ -14,7 +14,8 @@ from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
 from sogclr.monitor import alignment_and_uniformity
 
 N, B, STEPS, TEMPERATURE = 20, 8, 4, 0.1
-CASES = ("dcl", "cl", "isogclr", "dcl with unused parameters", "dcl resumed", "isogclr resumed")
+CASES = ("dcl", "cl", "isogclr", "dcl with unused parameters", "dcl resumed", "isogclr resumed", "dcl in groups",
+         "isogclr in groups")
 
 
 class Net(torch.nn.Module):
@@ -34,7 +35,9 @@ def new_criterion(case):
     if case == "cl":
         return ContrastiveLoss(TEMPERATURE)
     kind = RobustGlobalContrastiveLoss if "isogclr" in case else GlobalContrastiveLoss
-    return kind(N, TEMPERATURE).double()
+    criterion = kind(N, TEMPERATURE).double()
+    criterion.group_size = B // 2 if "groups" in case else None     # each is on one or two ranks
+    return criterion
 
 
 def trajectory(case, rank, world):

@@ -58,6 +58,7 @@ BAD = [
     (train, ["--loss_type", "isogclr", "--t-min", "0.9"], "--t-min 0.9: must not be above --t-max 0.7"),
     (train, ["--t-max", "1e39"], "--t-max: must be a number in [0.001, 1000]"),
     (train, ["--loss_type", "isogclr", "--t", "0.8"], "--t 0.8: must be in --t-min to --t-max, 0.05 to 0.7"),
+    (train, ["--loss-batch-size", "3"], "--loss-batch-size 3: must divide --batch-size"),
     (lincls, ["-e"], "--evaluate: needs"),
     (lincls, ["-e", "--resume", "auto"], "--evaluate: "),
     (lincls, ["--finetune", "--features", "cached"], "--finetune: changes the encoder"),

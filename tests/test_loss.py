@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sogclr.isogclr import RobustGlobalContrastiveLoss
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, gamma_at
 from sogclr.monitor import alignment_and_uniformity
 
@@ -299,6 +300,34 @@ def test_simclr_equals_slow_loops(temperature):
         total -= math.log(scores[i, "b" if v == "a" else "a"] / sum(scores.values())) / 8
     loss = ContrastiveLoss(temperature)(z1, z2).detach()
     assert abs(float(loss) - total) < 1e-12
+
+
+@pytest.mark.parametrize("make", [
+    lambda: GlobalContrastiveLoss(20, gamma=0.3), lambda: RobustGlobalContrastiveLoss(20, gamma=0.3, eta=0.1),
+    ContrastiveLoss], ids=["dcl", "isogclr", "cl"])
+def test_groups_are_batches_of_their_own(make):
+    """Loss, gradients, the monitored value and all estimators must be those of the batch's groups, one after another;
+    groups that do not divide it are refused.
+    """
+    whole, parts = make().double(), make().double()
+    whole.group_size = 4
+    for step in range(3):
+        z1, z2 = views(12, seed=step)
+        index = torch.randperm(20, generator=torch.Generator().manual_seed(step))[:12]
+        values = []
+        for group in torch.arange(12).split(4):
+            values.append((*run(parts, z1[group], z2[group], index[group]), parts.gcl()))
+        loss, grad1, grad2, gcl = zip(*values, strict=True)
+        for ours, theirs in zip((*run(whole, z1, z2, index), whole.gcl()),
+                                (sum(loss) / 3, torch.cat(grad1) / 3, torch.cat(grad2) / 3, sum(gcl) / 3), strict=True):
+            assert gap(ours, theirs) < 1e-12
+        for name, ours in whole.named_buffers():
+            if name not in ("batches", "last_visit"):
+                assert torch.allclose(ours, dict(parts.named_buffers())[name], rtol=1e-12, atol=0)
+    for size in (1, 5, 24):
+        whole.group_size = size
+        with pytest.raises(ValueError, match="must be at least 2 and divide the batch of 12 images"):
+            whole(z1, z2, index)
 
 
 @pytest.mark.parametrize("kind", ["dcl", "cl"])

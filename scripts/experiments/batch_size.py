@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
-"""Does a small batch harm? Trains SimCLR and SogCLR with equal settings at several batch sizes, and compares them.
+"""Does a small batch harm? Trains SimCLR, DCL and SogCLR with equal settings at several batch sizes, and compares them.
 
-    python scripts/experiments/batch_size.py gpu --data DIR      all of CIFAR-10, batch 32 to 512, the authors' settings
-    python scripts/experiments/batch_size.py cpu --data DIR      5,000 images of it, batch 16 to 256
-    python scripts/experiments/batch_size.py gamma --data DIR    the same, batch 16: which part of SogCLR helps
-    python scripts/experiments/batch_size.py search --data DIR   the settings, chosen on held-out training images
-    python scripts/experiments/batch_size.py rho --data DIR      the same for iSogCLR's rho, batch 64
+    python scripts/experiments/batch_size.py PRESET --data DIR      PRESET is one of those below
 
-Each run is pretrained by train.py and evaluated by lincls.py: with linear classifiers at eight learning rates, on
-features of random crops (not in `search` and `rho`) and on cached ones, by logistic regression, and by kNN. All other
+Each run is pretrained by train.py and evaluated by lincls.py: with linear classifiers at eight learning rates on cached
+features (in `gpu`, `cpu` and `gamma` also on those of random crops), by logistic regression, and by kNN. All other
 flags are passed to train.py, for example `--epochs 60 --gamma 0.2`. The same command continues after an interruption
 and skips what is done, and runs with other settings may be added to the same --out; its results.md has the tables of
 them all.
+
+DCL (decoupled contrastive learning, arXiv 2110.06848) is SimCLR without the positive in the denominator, or SogCLR
+without its moving average (gamma 1): it separates the two.
 """
 
 import argparse
@@ -40,13 +39,22 @@ from sogclr.run import file_name
 ROOT, CORES = Path(train.__file__).resolve().parent, available_cores()
 
 
+# {method: its flags for train.py, and the settings that have no effect on it}
+METHODS = {"simclr": ("--loss_type cl", (*train.GAMMA_FLAGS, *train.ISOGCLR_FLAGS)),
+           "decoupled": ("--loss_type dcl --gamma 1", (*train.GAMMA_FLAGS[1:], *train.ISOGCLR_FLAGS)),
+           "sogclr": ("--loss_type dcl", train.ISOGCLR_FLAGS),
+           "isogclr": ("--loss_type isogclr", ())}
+
+
 class Preset(NamedTuple):
     """A study: flags of train.py and of what is compared. Each variant is a further set of runs with other flags."""
 
+    about: str
     flags: str
     batch_sizes: tuple
     protocols: tuple            # flags of lincls.py for each
-    losses: tuple = ("cl", "dcl")
+    varied: str = "batch_size"  # the setting of train.py that takes the batch sizes
+    methods: tuple = ("simclr", "decoupled", "sogclr")
     variants: tuple = ()
     seeds: tuple = (1, 2, 3)
     images: tuple = ()          # how many training and validation images to take, (): all
@@ -55,33 +63,41 @@ class Preset(NamedTuple):
 
 RATES = "--lr 0.001 0.003 0.01 0.03 0.1 0.3 1 3"
 QUICK = f"{RATES} --features cached", "--logistic", "--knn"
-SMALL = "--stem imagenet --precision bf16 --warmup-epochs 1 --learning-rate-scaling sqrt --crop-min 0.2 --wd 1e-6"
-CPU = Preset(f"{SMALL} --epochs 12 --lr 0.075 --t 0.1", (16, 64, 256),
-             (f"{RATES} --batch-size 256 --epochs 10", *QUICK), images=(5000, 5000))
+SMALL = "--stem imagenet --warmup-epochs 1 --learning-rate-scaling sqrt --crop-min 0.2 --wd 1e-6"
+CPU = Preset("5,000 images of CIFAR-10, batch 16 to 256", f"{SMALL} --precision bf16 --epochs 12 --lr 0.075 --t 0.1",
+             (16, 64, 256), (f"{RATES} --batch-size 256 --epochs 10", *QUICK), images=(5000, 5000))
 PRESETS = {
-    "gpu": Preset("--epochs 200 --lr 1.0 --learning-rate-scaling linear --wd 1e-4 --t 0.3", (32, 64, 128, 256, 512),
+    "gpu": Preset("all of CIFAR-10, batch 32 to 512, the authors' settings",
+                  "--epochs 200 --lr 1.0 --learning-rate-scaling linear --wd 1e-4 --t 0.3", (32, 64, 128, 256, 512),
                   (RATES, *QUICK)),
     "cpu": CPU,
-    "gamma": CPU._replace(batch_sizes=(16,), variants=(
-        "--gamma 1", "--gamma 0.2", "--t 0.05", "--t 0.05 --gamma 1", "--t 0.05 --gamma 0.2")),
-    "search": Preset(f"{SMALL} --epochs 10 --lr 0.15 --t 0.2", (64,), QUICK, variants=(
-        "--t 0.1", "--t 0.4", "--lr 0.3", "--lr 0.075", "--lr 0.0375", "--t 0.1 --lr 0.075", "--t 0.07 --lr 0.075",
-        "--t 0.05 --lr 0.075", "--crop-min 0.08", "--wd 1e-4", "--gamma 0.5", "--gamma 0.2"),
-        seeds=(1,), images=(5000, 5000), held_out=True),
-    "rho": CPU._replace(batch_sizes=(64,), protocols=QUICK, losses=("isogclr",), seeds=(1,), held_out=True,
-                        variants=("--rho 0.2", "--rho 0.4", "--rho 1", "--rho 2"))}
+    "small": CPU._replace(
+        about="the same images, batch 64, of which the loss sees 4 to 64 at a time (--loss-batch-size)",
+        flags=f"{SMALL} --precision fp32 --epochs 12 --lr 0.075 --t 0.1 --gamma 0.2 --batch-size 64",
+        batch_sizes=(4, 8, 16, 64), protocols=QUICK, varied="loss_batch_size"),
+    "gamma": CPU._replace(about="as cpu, batch 16: other gammas and temperatures", batch_sizes=(16,), variants=(
+        "--gamma 0.2", "--t 0.05", "--t 0.05 --gamma 0.2")),
+    "search": Preset(
+        "settings for batch 64, chosen on held-out training images", f"{SMALL} --precision bf16 --epochs 10 --lr 0.15 "
+        "--t 0.2", (64,), QUICK, methods=("simclr", "sogclr"), variants=(
+            "--t 0.1", "--t 0.4", "--lr 0.3", "--lr 0.075", "--lr 0.0375", "--t 0.1 --lr 0.075",
+            "--t 0.07 --lr 0.075", "--t 0.05 --lr 0.075", "--crop-min 0.08", "--wd 1e-4", "--gamma 0.5",
+            "--gamma 0.2"), seeds=(1,), images=(5000, 5000), held_out=True),
+    "rho": CPU._replace(about="the same for iSogCLR's rho", batch_sizes=(64,), protocols=QUICK, methods=("isogclr",),
+                        seeds=(1,), held_out=True, variants=("--rho 0.2", "--rho 0.4", "--rho 1", "--rho 2"))}
 
 # What this script decides itself, and what to do instead.
-OWN = {"loss_type": "use --losses", "batch_size": "use --batch-sizes", "seed": "use --seeds", "save_dir": "use --out",
-       "dry_run": "use --plan", "resume": "leave it out", "start_epoch": "leave it out"}
+OWN = {"loss_type": "use --methods", "seed": "use --seeds", "save_dir": "use --out", "dry_run": "use --plan",
+       "resume": "leave it out", "start_epoch": "leave it out"}
 
 
 def parse():
     """This script's flags, those that are not given from the preset, and the flags for train.py."""
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("preset", choices=PRESETS, help="which study")
-    parser.add_argument("--losses", nargs="+", choices=train.METHODS,
-                        help="SogCLR, SimCLR, iSogCLR (default: the preset's)")
+    parser.add_argument("preset", choices=PRESETS, help="; ".join(
+        f"{name}: {preset.about}" for name, preset in PRESETS.items()))
+    parser.add_argument("--methods", nargs="+", choices=METHODS,
+                        help="SimCLR, DCL, SogCLR, iSogCLR (default: the preset's)")
     parser.add_argument("--batch-sizes", nargs="+", type=number(int, "[2, inf)"), metavar="N",
                         help="batch sizes to compare (default: the preset's)")
     parser.add_argument("--seeds", nargs="+", type=number(int, "[0, inf)"), metavar="N",
@@ -99,8 +115,9 @@ def parse():
         setattr(args, name, getattr(args, name, None) or value)
     args.out = Path(args.out or ROOT / "saved_models" / f"batch_size_{args.preset}")
     args.data = os.path.abspath(args.data or ROOT / "data" / args.data_name)
-    given = train.PARSER.parse_args(extra, argparse.Namespace(**dict.fromkeys(OWN)))     # None instead of the defaults
-    for name, hint in OWN.items():
+    own = OWN | {args.varied: "use --batch-sizes"}
+    given = train.PARSER.parse_args(extra, argparse.Namespace(**dict.fromkeys(own)))     # None instead of the defaults
+    for name, hint in own.items():
         if getattr(given, name) is not None:
             parser.error(f"{train.PARSER.flag(name)}: set by this script, {hint}")
     return parser, args, extra
@@ -120,20 +137,25 @@ def part_of(args):
 
 
 def plan(args, extra, data):
-    """{name of a run: its [(command, file that exists once it is done)]}; a wrong flag exits with one line."""
+    """{name of a run: its [(command, file that exists once it is done)]}; a wrong flag exits with one line, flags that
+    contradict each other raise InputError.
+    """
     runs = {}
     defaults = ["--arch", "resnet18", "--image-size", 32, "--workers", max(CORES // args.jobs, 1), "--save-freq", 1000,
                 "--print-freq", 100, *args.flags.split(), *extra]
     common = [*data, "--save_dir", args.out, "--resume", "auto"]
-    for seed, variant, batch_size, loss in itertools.product(args.seeds, ("", *args.variants), args.batch_sizes,
-                                                             args.losses):
-        flags = [*defaults, *variant.split(), *common, "--loss_type", loss, "--batch-size", batch_size, "--seed", seed]
+    for seed, variant, batch_size, method in itertools.product(args.seeds, ("", *args.variants), args.batch_sizes,
+                                                               args.methods):
+        of_method, idle = METHODS[method]
+        settings = train.PARSER.parse_args(list(map(str, [
+            *defaults, *variant.split(), *common, *of_method.split(), train.PARSER.flag(args.varied), batch_size,
+            "--seed", seed])))
         # Runs that differ in what has no effect are one.
-        for name in ["gamma"] * (loss == "cl") + [*train.ISOGCLR_FLAGS] * (loss != "isogclr"):
-            flags += [train.PARSER.flag(name), train.PARSER.get_default(name)]
-        settings = train.PARSER.parse_args(list(map(str, flags)))
+        for name in [*idle, *["loss_batch_size"] * (settings.loss_batch_size == settings.batch_size)]:
+            setattr(settings, name, train.PARSER.get_default(name))
+        train.check_flags(settings)
         folder = args.out / train.run_name(settings)
-        runs[folder.name] = [(["train.py", *flags], folder / "results.json")]
+        runs[folder.name] = [(["train.py", *train.PARSER.flags(settings)], folder / "results.json")]
         for protocol in args.protocols:
             flags = [*common, "--pretrained", folder / "checkpoint_last.pth.tar", "--seed", seed]
             for name in ("arch", "image_size", "stem", "workers", "bad_images", "precision", "gpu"):
@@ -191,8 +213,12 @@ def python(command):
 def main():
     parser, args, extra = parse()
     data, make_images = part_of(args)
-    runs = plan(args, extra, data)
+    try:
+        runs = plan(args, extra, data)
+    except InputError as error:
+        parser.error(str(error))
     if args.plan:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # for `| head`
         for command in [make_images, *(command for steps in runs.values() for command, _ in steps)]:
             if command:
                 print(shlex.join(["python", *map(str, command)]))

@@ -7,12 +7,14 @@ Runs that differ only in the seed form one row: mean and standard deviation over
 loss and batch size, each pretraining setting in which the runs differ has a column. Accuracies are those of the last
 epoch; if classifiers with several learning rates were trained, the best one represents the run.
 
-If SimCLR and SogCLR, or SogCLR and iSogCLR, were trained with the same settings, a second table shows their
-differences, each of two runs with the same seed, which share initial weights, order and views.
+DCL is SogCLR with gamma 1: without the moving average, it is SimCLR without the positive in the denominator. If two of
+the methods were trained with the same settings, a second table shows their differences, each of two runs with the same
+seed, which share initial weights, order and views.
 """
 
 import json
 import math
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -26,10 +28,10 @@ from sogclr.flags import Parser, output_file
 from train import GAMMA_FLAGS, ISOGCLR_FLAGS, PARSER, RESUME_FLAGS
 
 MINUTES = "minutes"
-LOSSES = {"cl": ("SimCLR", (200, 80, 40)), "dcl": ("SogCLR", (40, 90, 180)),        # name and color
-          "isogclr": ("iSogCLR", (30, 140, 90))}
-# Losses to compare, with the settings that only the first has.
-PAIRS = (("dcl", "cl", GAMMA_FLAGS), ("isogclr", "dcl", ISOGCLR_FLAGS))
+COLORS = {"SimCLR": (200, 80, 40), "DCL": (120, 120, 120), "SogCLR": (40, 90, 180), "iSogCLR": (30, 140, 90)}
+# Methods to compare, with the settings that only the first has.
+PAIRS = (("DCL", "SimCLR", ()), ("SogCLR", "SimCLR", GAMMA_FLAGS), ("SogCLR", "DCL", GAMMA_FLAGS),
+         ("iSogCLR", "SogCLR", ISOGCLR_FLAGS))
 
 
 def read(folder):
@@ -69,9 +71,10 @@ def read(folder):
     if not runs:
         raise InputError(f"{folder}: contains no results.json of a pretrained encoder, run lincls.py first")
 
-    names = ["loss_type", "batch_size"]
-    names += [name for name in RESUME_FLAGS if name not in (*names, "seed")
-              and len({setting(encoder, name) for _, encoder, _, _ in runs} - {None}) > 1]
+    names, encoders = ["method", "loss_batch_size"], [encoder for _, encoder, _, _ in runs]
+    same = all(setting(encoder, "loss_batch_size") == encoder["batch_size"] for encoder in encoders)
+    names += [name for name in RESUME_FLAGS if name not in (*names, "loss_type", "seed", *["batch_size"] * same)
+              and len({setting(encoder, name) for encoder in encoders} - {None}) > 1]
     table, entered = {}, {}
     for file, encoder, values, seconds in runs:
         settings, seed = tuple(setting(encoder, name) for name in names), encoder["seed"]
@@ -88,8 +91,14 @@ def read(folder):
 
 
 def setting(encoder, name):
-    """A pretraining setting, None if it had no effect."""
-    idle = (name in GAMMA_FLAGS and encoder["loss_type"] == "cl") or (
+    """A pretraining setting, None if it had no effect; also "method", the name of the method."""
+    method = {"cl": "SimCLR", "dcl": "DCL" if encoder.get("gamma") == 1 else "SogCLR", "isogclr": "iSogCLR"}[
+        encoder["loss_type"]]
+    if name == "method":
+        return method
+    if name == "loss_batch_size":
+        return encoder.get(name, encoder["batch_size"])
+    idle = (name in GAMMA_FLAGS and method in ("SimCLR", "DCL")) or (
         name == "gamma_decay_epochs" and encoder.get("gamma_schedule") != "cosine")
     return None if idle else encoder.get(name)
 
@@ -99,24 +108,28 @@ def differences(names, table):
     `read`.
     """
     def common(settings, own):
-        return tuple(value for name, value in zip(names, settings, strict=True) if name not in ("loss_type", *own))
+        return tuple(value for name, value in zip(names, settings, strict=True) if name not in ("method", *own))
 
     result = {}
-    for loss, other, own in PAIRS:
+    for method, other, own in PAIRS:
         others = {common(settings, own): row for settings, row in table.items() if settings[0] == other}
         for settings, row in table.items():
-            base = others.get(common(settings, own), {}) if settings[0] == loss else {}
+            base = others.get(common(settings, own), {}) if settings[0] == method else {}
             pairs = {column: {seed: value - base[column][seed] for seed, value in seeds.items() if seed in base[column]}
                      for column, seeds in row.items() if column in base and column != MINUTES}
             pairs = {column: seeds for column, seeds in pairs.items() if seeds}
             if pairs:
-                result[(f"{LOSSES[loss][0]} - {LOSSES[other][0]}", *settings[1:])] = pairs
+                result[(f"{method} - {other}", *settings[1:])] = pairs
     return result
 
 
 def in_order(table):
-    """The table's entries by their settings. None, which does not compare with numbers, comes first."""
-    return sorted(table.items(), key=lambda entry: [(value is not None, value) for value in entry[0]])
+    """The table's entries: methods in the order of COLORS and PAIRS, other settings by their values. None, which does
+    not compare with numbers, comes first.
+    """
+    methods = [*COLORS, *(f"{method} - {other}" for method, other, _ in PAIRS)]
+    return sorted(table.items(), key=lambda entry: [
+        methods.index(entry[0][0]), *((value is not None, value) for value in entry[0][1:])])
 
 
 def mean_and_deviation(values):
@@ -129,8 +142,8 @@ def markdown(names, table):
     flags = {action.dest: action.option_strings[-1] for action in PARSER._actions}
     heads = ["loss", "batch", *(f"`{flags[name]}`" for name in names[2:]), *columns, "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for (loss, *settings), row in in_order(table):
-        cells = [LOSSES.get(loss, (loss,))[0], *("" if value is None else str(value) for value in settings)]
+    for (method, *settings), row in in_order(table):
+        cells = [method, *("" if value is None else str(value) for value in settings)]
         for values in (list(row.get(column, {}).values()) for column in columns):
             mean, deviation = mean_and_deviation(values) if values else (None, None)
             cells.append(f"{mean:.2f} ± {deviation:.2f}" if len(values) > 1 else f"{mean:.2f}" if values else "")
@@ -147,11 +160,11 @@ def report(names, table, made_by):
 
 
 def plot(table, protocol, file, width=640, height=400):
-    """Plot Acc@1 over batch size, one line per loss, with error bars of one standard deviation to each side."""
-    lines = {}      # {loss: {batch size: (mean, deviation)}}
-    for (loss, batch), row in in_order(table):
+    """Plot Acc@1 over batch size, one line per method, with error bars of one standard deviation to each side."""
+    lines = {}      # {method: {batch size: (mean, deviation)}}
+    for (method, batch), row in in_order(table):
         if protocol in row:
-            lines.setdefault(loss, {})[batch] = mean_and_deviation(row[protocol].values())
+            lines.setdefault(method, {})[batch] = mean_and_deviation(row[protocol].values())
     points = [point for line in lines.values() for point in line.values()]
     low = math.floor(min(mean - deviation for mean, deviation in points) - 0.5)
     high = math.ceil(max(mean + deviation for mean, deviation in points) + 0.5)
@@ -174,9 +187,9 @@ def plot(table, protocol, file, width=640, height=400):
         draw.text((place(batch, low)[0], bottom + 8), str(batch), "black", font, "mt")
     draw.text(((left + right) / 2, height - 12), "batch size", "black", font, "mb")
     draw.text((left - 15, 12), f"Acc@1, {protocol}", "black", font, "lt")
-    for k, (loss, line) in enumerate(lines.items()):
-        name, color = LOSSES[loss]
-        draw.text((right, 12 + 18 * k), name, color, font, "rt")
+    for k, (method, line) in enumerate(lines.items()):
+        color = COLORS[method]
+        draw.text((right, 12 + 18 * k), method, color, font, "rt")
         draw.line([place(batch, mean) for batch, (mean, _) in line.items()], color, 2)
         for batch, (mean, deviation) in line.items():
             (x, y), (_, reach) = place(batch, mean), place(batch, mean + deviation)
@@ -191,13 +204,14 @@ def main():
     parser.add_argument("--png", type=output_file, metavar="FILE",
                         help="also plot the classic linear protocol, or else another, to this file")
     args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # for `| head`
     try:
         names, table, made_by = read(args.folder)
     except InputError as error:
         parser.error(str(error))
     print(report(names, table, made_by))
     if args.png and len(names) > 2:
-        parser.error(f"--png: plots runs that differ in loss, batch size and seed, not in {', '.join(names[2:])}")
+        parser.error(f"--png: plots runs that differ in method, batch size and seed, not in {', '.join(names[2:])}")
     if args.png:
         protocols = {column for row in table.values() for column in row if column != MINUTES}
         plot(table, min(protocols, key=lambda name: ("linear" not in name, "cached" in name, name)), args.png)
