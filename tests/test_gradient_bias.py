@@ -97,14 +97,15 @@ def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypat
 
     path = newest(pretrained[1])
     few = "--visits", 3, "--passes", 3, "-j", 1
-    _, head, _, *rows, _, remark = bias(path, "--batch-sizes", 5, 20, "--gamma", 1, 0.2, "--images", 20, *few)
+    _, head, _, *rows, _, (gcl,), remark = bias(path, "--batch-sizes", 5, 20, "--gamma", 1, 0.2, "--images", 20, *few)
     assert head == ["", "loss", "`--t`", "`--gamma`", "batch 5", "batch 20", ""]
-    assert [row[1:4] for row in rows] == [["SimCLR", "0.1", ""], ["SogCLR", "0.1", "1"], ["SogCLR", "0.1", "0.2"],
+    assert [row[1:4] for row in rows] == [["SimCLR", "0.1", ""], ["DCL", "0.1", "1"], ["SogCLR", "0.1", "0.2"],
                                           ["g within a batch / among all", "0.1", ""]]
     assert all(re.fullmatch(r"\d+\.\d°, \d+\.\d\d", cell) for row in rows[:3] for cell in row[4:6])
     assert rows[1][5] == "0.0°, 0.00"
     assert rows[2][5] != rows[1][5]         # u has seen other views
     assert float(rows[3][4]) < float(rows[3][5]) == 1
+    assert -2 < float(re.fullmatch(r"GCL, with all 20 images: (\S+) at --t 0.1", gcl)[1]) < 2
     assert remark[0].startswith("20 images, 3 visits, 3 passes; ")
 
     foreign, other = tmp_path / "foreign.pth.tar", tmp_path / "other.pth.tar"

@@ -202,7 +202,8 @@ def main():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to search, at any depth")
     parser.add_argument("--png", type=output_file, metavar="FILE",
-                        help="also plot the classic linear protocol, or else another, to this file")
+                        help="also plot logistic regression, or else the classic linear protocol, or else another, to "
+                             "this file")
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # for `| head`
     try:
@@ -214,7 +215,8 @@ def main():
         parser.error(f"--png: plots runs that differ in method, batch size and seed, not in {', '.join(names[2:])}")
     if args.png:
         protocols = {column for row in table.values() for column in row if column != MINUTES}
-        plot(table, min(protocols, key=lambda name: ("linear" not in name, "cached" in name, name)), args.png)
+        plot(table, min(protocols, key=lambda name: (
+            name != "logistic regression", "linear" not in name, "cached" in name, name)), args.png)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 CHECKPOINT is from train.py; two views of some of its images represent the data set. The network is held fixed, with
 BatchNorm's running statistics, so that a projection depends only on its own image. The gradient of the global loss, in
 which the views of all other images are the negatives, is then known exactly. It is compared with the gradients of
-SimCLR and SogCLR when the same views are repeatedly split into batches at random:
+SimCLR, DCL (SogCLR with gamma 1, without moving averages) and SogCLR when the same views are repeatedly split into
+batches at random:
 
     bias   the angle between their mean and the global gradient, in degrees: what more batches do not average out
     noise  how far a single one is from that mean, in units of the mean's length
@@ -16,7 +17,8 @@ and in other batches, as in training; but since the network does not change, the
 few views dominate a score, so the angles then depend on the number of images.
 
 The last row is about the network instead: the mean of the negatives' score g among the images of a batch that BatchNorm
-normalizes by the batch's own statistics, as in training, as a fraction of its mean among all of them.
+normalizes by the batch's own statistics, as in training, as a fraction of its mean among all of them. A line
+below the table gives the global loss itself, GCL.
 """
 
 import copy
@@ -170,7 +172,7 @@ def table(args, network):
     """Yield the table's lines as they are measured."""
     *earlier, z = (network.project(visit, max(args.batch_sizes)) for visit in range(args.visits))
     by_batch = [network.project(0, size, batch_statistics=True) for size in args.batch_sizes]
-    N, generator, errors = len(z), torch.Generator().manual_seed(0), []
+    N, generator, errors, gcl = len(z), torch.Generator().manual_seed(0), [], []
 
     def row(name, t, gamma, cells):
         return f"| {name} | {t:g} | {gamma} | " + " | ".join(cells) + " |"
@@ -186,16 +188,19 @@ def table(args, network):
         def sogclr(gamma, t=t):
             return GlobalContrastiveLoss(N, t, gamma).to(z.device)
 
-        truth = gradient(sogclr(1.0), z, torch.arange(N))
+        whole = sogclr(1.0)
+        truth = gradient(whole, z, torch.arange(N))
+        gcl.append(f"{whole.gcl():.4f} at --t {t:g}")
         yield row("SimCLR", t, "", [cell(lambda t=t: ContrastiveLoss(t), [], size, truth) for size in args.batch_sizes])
         for gamma in args.gamma:
             visits = earlier if gamma < 1 else []       # with gamma 1, u keeps nothing of them
-            yield row("SogCLR", t, f"{gamma:g}", [cell(functools.partial(sogclr, gamma), visits, size, truth)
-                                                  for size in args.batch_sizes])
+            yield row("SogCLR" if gamma < 1 else "DCL", t, f"{gamma:g}", [
+                cell(functools.partial(sogclr, gamma), visits, size, truth) for size in args.batch_sizes])
         scores = (torch.stack([log_mean_score(batch, t) for batch in ours.split(size)]).sub_(log_mean_score(ours, t))
                   .exp_().mean() for ours, size in zip(by_batch, args.batch_sizes, strict=True))
         yield row("g within a batch / among all", t, "", [f"{score:.2f}" for score in scores])
     yield ""
+    yield f"GCL, with all {N} images: {', '.join(gcl)}"
     yield (f"{N} images, {args.visits} visits, {args.passes} passes; standard errors of the angles: at most "
            f"{max(errors):.2f}°")
 
