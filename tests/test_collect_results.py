@@ -1,11 +1,14 @@
 """Tables and plots of many runs."""
 
 import json
+import shutil
 import sys
 
 import pytest
+from helpers import TINY, call
 from PIL import Image
 
+import train
 from scripts.experiments import collect_results
 
 
@@ -158,6 +161,36 @@ def test_plot(runs, monkeypatch, capsys):
     assert not heights["DCL"] + heights["iSogCLR"]
     (simclr,), (small, large) = heights["SimCLR"], heights["SogCLR"]
     assert large < small < simclr
+
+
+@pytest.mark.slow
+def test_curves_of_knn_over_epochs(imagenet, tmp_path, monkeypatch, capsys):
+    """They must have each seed's value after each report; unfinished runs and those without kNN are left out."""
+    for flags in ("--seed 1 --knn-freq 2", "--seed 2 --knn-freq 2", "--seed 1 --knn-freq 2 --loss_type cl", "--seed 3"):
+        call(train, "--data", imagenet, *TINY, "--epochs", 3, "--save_dir", tmp_path, *flags.split())
+    written = {}
+    for file in tmp_path.rglob("results.json"):
+        results = json.loads(file.read_text())
+        written[results["settings"]["loss_type"], results["settings"]["seed"]] = results.get("kNN-20")
+    curves = collect_results.knn_curves(tmp_path)
+    assert {method: sorted(line) for method, line in curves.items()} == {"SogCLR": [2, 3], "SimCLR": [2, 3]}
+    assert sorted(curves["SogCLR"][3]) == pytest.approx(sorted([written["dcl", 1], written["dcl", 2]]))
+    assert curves["SimCLR"][3] == pytest.approx([written["cl", 1]])
+    assert collect(monkeypatch, capsys, tmp_path, "--curves", tmp_path / "curves.png") == []
+    with Image.open(tmp_path / "curves.png") as picture:
+        colors = {color for _, color in picture.getcolors(2**24)}
+    assert {collect_results.COLORS[name] for name in ("SimCLR", "SogCLR")} <= colors
+    assert collect_results.COLORS["DCL"] not in colors
+
+    for file in tmp_path.rglob("*simclr*/results.json"):
+        file.unlink()
+    assert list(collect_results.knn_curves(tmp_path)) == ["SogCLR"]
+    shutil.copytree(next(tmp_path.glob("*seed_2")), tmp_path / "zz")
+    for folder, message in ((tmp_path, "zz/settings.json: has the same method and seed as"),
+                            (next(tmp_path.glob("*seed_3")), "no finished run of train.py with --knn-freq")):
+        with pytest.raises(SystemExit, match="2"):
+            collect(monkeypatch, capsys, folder, "--curves", tmp_path / "curves.png")
+        assert message in capsys.readouterr().err
 
 
 def test_what_cannot_be_collected(tmp_path, runs, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Collect many runs in one table, and a plot, from the results.json files that lincls.py wrote.
 
-    python scripts/experiments/collect_results.py FOLDER [--png FILE]
+    python scripts/experiments/collect_results.py FOLDER [--png FILE | --curves FILE]
 
 Runs that differ only in the seed form one row: mean and standard deviation over all available seeds. In addition to
 loss and batch size, each pretraining setting in which the runs differ has a column. Accuracies are those of the last
@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -28,7 +29,7 @@ from sogclr.flags import Parser, output_file
 from train import GAMMA_FLAGS, ISOGCLR_FLAGS, PARSER, RESUME_FLAGS
 
 MINUTES = "minutes"
-COLORS = {"SimCLR": (200, 80, 40), "DCL": (120, 120, 120), "SogCLR": (40, 90, 180), "iSogCLR": (30, 140, 90)}
+COLORS = {"SimCLR": (200, 80, 40), "DCL": (160, 60, 160), "SogCLR": (40, 90, 180), "iSogCLR": (30, 140, 90)}
 # Methods to compare, with the settings that only the first has.
 PAIRS = (("DCL", "SimCLR", ()), ("SogCLR", "SimCLR", GAMMA_FLAGS), ("SogCLR", "DCL", GAMMA_FLAGS),
          ("iSogCLR", "SogCLR", ISOGCLR_FLAGS))
@@ -159,40 +160,63 @@ def report(names, table, made_by):
         f"Evaluated at commit {commit}, on {device}, torch {version}." for commit, device, version in sorted(made_by))])
 
 
-def plot(table, protocol, file, width=640, height=400):
-    """Plot Acc@1 over batch size, one line per method, with error bars of one standard deviation to each side."""
-    lines = {}      # {method: {batch size: (mean, deviation)}}
-    for (method, batch), row in in_order(table):
-        if protocol in row:
-            lines.setdefault(method, {})[batch] = mean_and_deviation(row[protocol].values())
+def knn_curves(folder):
+    """{method: {epoch: [kNN-20 of each seed]}} of the finished runs of train.py with --knn-freq under a folder.
+
+    From their TensorBoard logs. Raises InputError if there is none, or if a method has two runs with the same seed.
+    """
+    curves, entered = {}, {}
+    for file in sorted(folder.rglob("settings.json")):
+        settings = json.loads(file.read_text())["settings"]
+        log = EventAccumulator(str(file.parent)).Reload()
+        if "features/kNN-20" not in log.Tags()["scalars"] or not (file.parent / "results.json").exists():
+            continue
+        run = setting(settings, "method"), settings["seed"]
+        if entered.setdefault(run, file) != file:
+            raise InputError(f"{file}: has the same method and seed as {entered[run]}, move one of them elsewhere")
+        *_, last = reports = log.Scalars("features/kNN-20")
+        for event in reports:
+            epoch = round(event.step / last.step * settings["epochs"])
+            curves.setdefault(run[0], {}).setdefault(epoch, []).append(event.value)
+    if not curves:
+        raise InputError(f"{folder}: contains no finished run of train.py with --knn-freq")
+    return curves
+
+
+def plot(lines, protocol, across, scale, file, width=640, height=400):
+    """Plot Acc@1 over batch size or epochs, with error bars of one standard deviation to each side.
+
+    lines: {method: {x: [Acc@1 of each seed]}}; protocol, across: what y and x are; scale: x -> its place on the axis.
+    """
+    lines = {method: {x: mean_and_deviation(line[x]) for x in sorted(line)} for method, line in lines.items()}
     points = [point for line in lines.values() for point in line.values()]
     low = math.floor(min(mean - deviation for mean, deviation in points) - 0.5)
     high = math.ceil(max(mean + deviation for mean, deviation in points) + 0.5)
-    batches = sorted({batch for line in lines.values() for batch in line})
+    ticks = sorted({x for line in lines.values() for x in line})
 
     picture = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     left, right, top, bottom = 70, width - 30, 40, height - 60
 
-    def place(batch, acc1):
-        octaves = math.log2(batches[-1] / batches[0]) or 1
-        return (left + (right - left) * math.log2(batch / batches[0]) / octaves,
+    def place(x, acc1):
+        length = scale(ticks[-1]) - scale(ticks[0]) or 1
+        return (left + (right - left) * (scale(x) - scale(ticks[0])) / length,
                 bottom - (bottom - top) * (acc1 - low) / (high - low))
 
     for acc1 in range(low, high + 1, max((high - low) // 8, 1)):
-        y = place(batches[0], acc1)[1]
+        y = place(ticks[0], acc1)[1]
         draw.line((left - 15, y, right + 15, y), "lightgray")
         draw.text((left - 22, y), str(acc1), "black", font, "rm")
-    for batch in batches:
-        draw.text((place(batch, low)[0], bottom + 8), str(batch), "black", font, "mt")
-    draw.text(((left + right) / 2, height - 12), "batch size", "black", font, "mb")
+    for x in ticks[::math.ceil(len(ticks) / 20)]:
+        draw.text((place(x, low)[0], bottom + 8), str(x), "black", font, "mt")
+    draw.text(((left + right) / 2, height - 12), across, "black", font, "mb")
     draw.text((left - 15, 12), f"Acc@1, {protocol}", "black", font, "lt")
-    for k, (method, line) in enumerate(lines.items()):
-        color = COLORS[method]
+    for k, (method, color) in enumerate((method, color) for method, color in COLORS.items() if method in lines):
+        line = lines[method]
         draw.text((right, 12 + 18 * k), method, color, font, "rt")
-        draw.line([place(batch, mean) for batch, (mean, _) in line.items()], color, 2)
-        for batch, (mean, deviation) in line.items():
-            (x, y), (_, reach) = place(batch, mean), place(batch, mean + deviation)
+        draw.line([place(x, mean) for x, (mean, _) in line.items()], color, 2)
+        for x, (mean, deviation) in line.items():
+            (x, y), (_, reach) = place(x, mean), place(x, mean + deviation)
             draw.line((x, reach, x, 2 * y - reach), color, 2)
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), color)
     picture.save(file, "PNG")
@@ -204,9 +228,14 @@ def main():
     parser.add_argument("--png", type=output_file, metavar="FILE",
                         help="also plot logistic regression, or else the classic linear protocol, or else another, to "
                              "this file")
+    parser.add_argument("--curves", type=output_file, metavar="FILE",
+                        help="instead plot kNN-20 over the epochs, of runs of train.py with --knn-freq, to this file")
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # for `| head`
     try:
+        if args.curves:
+            plot(knn_curves(args.folder), "kNN-20", "epoch", float, args.curves)
+            return
         names, table, made_by = read(args.folder)
     except InputError as error:
         parser.error(str(error))
@@ -214,9 +243,13 @@ def main():
     if args.png and len(names) > 2:
         parser.error(f"--png: plots runs that differ in method, batch size and seed, not in {', '.join(names[2:])}")
     if args.png:
-        protocols = {column for row in table.values() for column in row if column != MINUTES}
-        plot(table, min(protocols, key=lambda name: (
-            name != "logistic regression", "linear" not in name, "cached" in name, name)), args.png)
+        protocol = min({column for row in table.values() for column in row if column != MINUTES}, key=lambda name: (
+            name != "logistic regression", "linear" not in name, "cached" in name, name))
+        lines = {}
+        for (method, batch), row in table.items():
+            if protocol in row:
+                lines.setdefault(method, {})[batch] = list(row[protocol].values())
+        plot(lines, protocol, "batch size", math.log2, args.png)
 
 
 if __name__ == "__main__":
