@@ -74,9 +74,9 @@ def build_parser():
     method.add_argument("--t", default=0.1, type=number(float, "(0, inf)"), metavar="T",
                         help="temperature; with isogclr, the one that all images start from")
     method.add_argument("--loss-batch-size", type=number(int, "[2, inf)"), metavar="N",
-                        help="cut each batch into smaller ones of N images for the loss, whose negatives are then few, "
-                             "while BatchNorm, steps and learning rate stay as they are: to study small batches "
-                             "(default: --batch-size)")
+                        help="cut each batch into groups of N images for the loss, which takes negatives only from an "
+                             "image's own group, while BatchNorm, steps and learning rate are those of --batch-size, "
+                             "which N must divide (default: --batch-size)")
     method.add_argument("--gamma", default=0.9, type=number(float, "(0, 1]"),
                         help="weight of the new value in the moving averages u of dcl and isogclr")
     method.add_argument("--gamma-schedule", default="constant", choices=("constant", "cosine"),
@@ -119,8 +119,8 @@ def run_name(args):
             f"_E{args.epochs}_WR{args.warmup_epochs}_lr_{args.lr:g}_{args.learning_rate_scaling}"
             f"_wd_{args.weight_decay:g}_t_{args.t:g}_g_{args.gamma:g}_m_{args.momentum:g}_{args.optimizer}")
     name += non_defaults(PARSER, args, ("num_proj_layers", "crop_min", "stem", "image_size", "precision", "augment",
-                                        "loss_batch_size", "gamma_schedule", "gamma_decay_epochs", *ISOGCLR_FLAGS,
-                                        "seed"))
+                                        *["loss_batch_size"] * (args.loss_batch_size != args.batch_size),
+                                        "gamma_schedule", "gamma_decay_epochs", *ISOGCLR_FLAGS, "seed"))
     return file_name(name, 255 - len("linear_eval_"))       # which lincls.py puts before it
 
 
@@ -156,6 +156,8 @@ def main_worker(args, device):
                              "images": data.fingerprint}
     if args.loss_type != "isogclr":
         settings |= dict.fromkeys(ISOGCLR_FLAGS)
+    if run.made_with:       # by an earlier version, whose loss always saw the whole batch
+        run.made_with.setdefault("loss_batch_size", run.made_with.get("batch_size"))
     guard = NanGuard(device, f"--lr {args.lr:g}: try a smaller one, a longer --warmup-epochs or --precision fp32")
     state = TrainingState(model, criterion, optimizer, scaler, guard)
     run.restore(state, settings, PARSER, RESUME_FLAGS)
@@ -224,7 +226,7 @@ def main_worker(args, device):
 
 
 def check_flags(args):
-    """Raise InputError if the flags of the loss contradict each other, or are given for another one."""
+    """Raise InputError if the flags of the loss contradict each other, or if those of one are given for another."""
     given = [name for name in ISOGCLR_FLAGS if getattr(args, name) != PARSER.get_default(name)]
     isogclr = args.loss_type == "isogclr"
     refuse((args.batch_size % (args.loss_batch_size or 1),

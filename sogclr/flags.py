@@ -52,12 +52,13 @@ class Parser(argparse.ArgumentParser):
         return next(option for action in self._actions if action.dest == name
                     for option in action.option_strings if option.startswith("--"))
 
-    def flags(self, args):
-        """The command line of the settings in `args` that differ from their defaults, as a list of words."""
+    def command_line(self, args):
+        """The flags of the settings in `args` that differ from their defaults, as a list of words."""
         words = []
         for name, value in vars(args).items():
             if value != self.get_default(name):
-                words += [self.flag(name)] if value is True else [self.flag(name), str(value)]
+                values = [] if value is True else value if isinstance(value, list) else [value]
+                words += [self.flag(name), *map(str, values)]
         return words
 
     def require_same(self, made_with, now, source):

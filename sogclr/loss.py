@@ -44,7 +44,7 @@ def similarities(z1, z2, group_size=None):
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise ValueError(f"the two views must both be [B, D], got {list(z1.shape)} and {list(z2.shape)}")
     b, B = len(z1), len(z1) * world_size()
-    size = group_size or B
+    size = B if group_size is None else group_size
     if B < 2:
         raise ValueError("the batch must have at least 2 images: a single one has no negatives")
     if size < 2 or B % size:
@@ -66,8 +66,8 @@ class _Loss(nn.Module):
 
     keys: [2B, D] the unit projections, views a before views b; log_U: [B, 2] of U_i^a and U_i^b; both detached.
 
-    group_size: None, or how many images are compared with each other. Each batch is then so many smaller ones, cut in
-    its order, over which the loss is averaged: B in the formulas is theirs.
+    group_size: None, or the number of images in a group. The global batch is then cut into groups, in its order; only
+    images of the same group are negatives, and B in the formulas is the group's size.
     """
 
     def __init__(self, temperature=0.1):

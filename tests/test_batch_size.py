@@ -47,6 +47,10 @@ def test_gamma_is_tried_at_each_temperature_and_simclr_once(monkeypatch):
                       "cosine", "--gamma-decay-epochs", "6")
     assert [(run.loss_type, run.gamma, run.gamma_schedule, run.gamma_decay_epochs) for run in runs] == [
         ("cl", 0.9, "constant", None), ("dcl", 1.0, "constant", None), ("dcl", 0.3, "cosine", 6)]
+    runs, _ = planned(monkeypatch, "cpu", "--batch-sizes", "16", "--seeds", "1", "--gamma", "1", "--gamma-schedule",
+                      "cosine")
+    assert [(run.loss_type, run.gamma, run.gamma_schedule) for run in runs] == [
+        ("cl", 0.9, "constant"), ("dcl", 1.0, "constant")]
 
 
 def test_search_never_sees_validation_images(monkeypatch):
@@ -71,9 +75,12 @@ def test_each_rho_is_tried_on_held_out_images(monkeypatch):
 def test_loss_of_small_batches_in_a_large_one(monkeypatch):
     """The network must see --batch-size images at a time, whatever the loss does; the whole batch is the usual run."""
     runs, _ = planned(monkeypatch, "small", "--seeds", "1", "--batch-sizes", "8", "64", "--methods", "simclr")
-    assert [(run.batch_size, run.loss_batch_size) for run in runs] == [(64, 8), (64, None)]
+    assert [(run.batch_size, run.loss_batch_size) for run in runs] == [(64, 8), (64, 64)]
+    usual = train.PARSER.parse_args(train.PARSER.command_line(runs[1]))
+    usual.loss_batch_size = None
+    assert train.run_name(runs[1]) == train.run_name(usual) != train.run_name(runs[0])
     runs, _ = planned(monkeypatch, "small", "--seeds", "1", "--batch-sizes", "8", "--batch-size", "256")
-    assert {(run.batch_size, run.loss_batch_size) for run in runs} == {(256, 8)}
+    assert [(run.batch_size, run.loss_batch_size) for run in runs] == 3 * [(256, 8)]
 
 
 @pytest.mark.parametrize(("flags", "message"), [

@@ -43,13 +43,13 @@ def test_mean_and_deviation_over_seeds(runs, monkeypatch, capsys):
     SimCLR does not use do not separate runs.
     """
     assert collect(monkeypatch, capsys, runs) == [
-        "| loss | batch | kNN-20 | kNN-200 | linear evaluation, best of 3 rates | minutes | seeds |",
+        "| method | `--batch-size` | kNN-20 | kNN-200 | linear evaluation, best of 3 rates | minutes | seeds |",
         "|---|---|---|---|---|---|---|",
         "| SimCLR | 64 | 61.00 ± 1.41 | 51.00 ± 1.41 | 71.00 ± 1.41 | 64.00 ± 0.00 | 1, 2 |",
         "| SogCLR | 64 | 65.00 | 55.00 | 75.00 | 64.00 | 1 |",
         "| SogCLR | 256 | 66.50 ± 0.71 | 56.50 ± 0.71 | 76.50 ± 0.71 | 256.00 ± 0.00 | 1, 2 |",
         "",
-        "| loss | batch | kNN-20 | kNN-200 | linear evaluation, best of 3 rates | seeds |",
+        "| method | `--batch-size` | kNN-20 | kNN-200 | linear evaluation, best of 3 rates | seeds |",
         "|---|---|---|---|---|---|",
         "| SogCLR - SimCLR | 64 | 5.00 | 5.00 | 5.00 | 1 |",
         "", "Evaluated at commit abc, on CPU, torch 2.x."]
@@ -90,15 +90,20 @@ def test_dcl_is_a_method_of_its_own(runs, monkeypatch, capsys):
 
 
 def test_batch_is_that_of_the_loss(runs, monkeypatch, capsys):
-    """A run whose loss saw fewer images at a time must be another row, with the whole batch's size where it varies."""
+    """A run whose loss saw fewer images at a time must be another row, with the whole batch's size where it varies.
+    Earlier runs, which do not record it, saw the whole batch.
+    """
     results = json.loads((runs / "dcl_64_1" / "results.json").read_text())
     results["encoder"]["loss_batch_size"] = 4
     (runs / "groups").mkdir()
     (runs / "groups" / "results.json").write_text(json.dumps(results))
     lines = collect(monkeypatch, capsys, runs)
-    assert lines[0].startswith("| loss | batch | `--batch-size` | kNN-20 ")
+    assert lines[0].startswith("| method | `--loss-batch-size` | `--batch-size` | kNN-20 ")
     assert [line.split(" | ")[:3] for line in lines[2:6]] == [
         ["| SimCLR", "64", "64"], ["| SogCLR", "4", "64"], ["| SogCLR", "64", "64"], ["| SogCLR", "256", "256"]]
+    for file in runs.glob("*_256_*/results.json"):
+        file.unlink()
+    assert collect(monkeypatch, capsys, runs)[0].startswith("| method | `--loss-batch-size` | kNN-20 ")
 
 
 def test_isogclr_is_compared_with_sogclr(runs, monkeypatch, capsys):
@@ -111,13 +116,16 @@ def test_isogclr_is_compared_with_sogclr(runs, monkeypatch, capsys):
         (runs / name / "results.json").write_text(json.dumps(results))
     lines = collect(monkeypatch, capsys, runs)
     assert "| iSogCLR | 64 | 0.9 | 0.4 |  |  | 77.00 | 64.00 | 1 |" in lines
-    assert [line for line in lines if line.startswith("| iSogCLR - ")] == [
+    assert [line for line in lines if line.startswith("| iSogCLR - SogCLR ")] == [
         "| iSogCLR - SogCLR | 64 | 0.9 | 0.3 |  |  | 1.00 | 1 |",
         "| iSogCLR - SogCLR | 64 | 0.9 | 0.4 |  |  | 2.00 | 1 |"]
 
 
 def test_logistic_regression_has_columns(runs, monkeypatch, capsys):
-    """One for all images, and one for each number of images per class."""
+    """One for all images, which a plot then shows, and one for each number of images per class."""
+    plotted = []
+    monkeypatch.setattr(collect_results, "plot", lambda lines, *args: plotted.append((args[0], lines["SogCLR"])))
+    collect(monkeypatch, capsys, runs, "--png", runs / "plot.png")
     common = {key: value for key, value in json.loads((runs / "dcl_64_1" / "results.json").read_text()).items()
               if key not in ("classifiers", "protocol")}
     for name, results in (("all", {"protocol": "logistic regression", "logistic": {"acc1": 74.0}}),
@@ -129,6 +137,9 @@ def test_logistic_regression_has_columns(runs, monkeypatch, capsys):
                                       "logistic regression, 5 images per class"]
     ours = next(row for row in rows if row.startswith("| SogCLR | 64 "))
     assert ours.split(" | ")[5:8] == ["74.00", "20.00", "40.00"]
+    collect(monkeypatch, capsys, runs, "--png", runs / "plot.png")
+    assert plotted == [("linear evaluation, best of 3 rates", {64: [75.0], 256: [76.0, 77.0]}),
+                       ("logistic regression", {64: [74.0]})]
 
 
 def test_settings_that_differ_have_columns(runs, monkeypatch, capsys):
@@ -139,7 +150,7 @@ def test_settings_that_differ_have_columns(runs, monkeypatch, capsys):
     (runs / "other").mkdir()
     (runs / "other" / "results.json").write_text(json.dumps(other))
     lines = collect(monkeypatch, capsys, runs)
-    assert lines[0].startswith("| loss | batch | `--t` | kNN-20 ")
+    assert lines[0].startswith("| method | `--batch-size` | `--t` | kNN-20 ")
     assert [line.split(" | ")[:3] for line in lines[2:4]] == [["| SimCLR", "64", "0.1"], ["| SimCLR", "64", "0.5"]]
     with pytest.raises(SystemExit, match="2"):
         collect(monkeypatch, capsys, runs, "--png", runs / "plot.png")
@@ -167,7 +178,9 @@ def test_plot(runs, monkeypatch, capsys):
 def test_curves_of_knn_over_epochs(imagenet, tmp_path, monkeypatch, capsys):
     """They must have each seed's value after each report; unfinished runs and those without kNN are left out."""
     for flags in ("--seed 1 --knn-freq 2", "--seed 2 --knn-freq 2", "--seed 1 --knn-freq 2 --loss_type cl", "--seed 3"):
-        call(train, "--data", imagenet, *TINY, "--epochs", 3, "--save_dir", tmp_path, *flags.split())
+        lines = call(train, "--data", imagenet, *TINY, "--epochs", 3, "--save_dir", tmp_path, *flags.split())
+        if "cl" in flags:
+            log = [line for line in lines if line.startswith(" * Epoch 1 ")]
     written = {}
     for file in tmp_path.rglob("results.json"):
         results = json.loads(file.read_text())
@@ -176,6 +189,7 @@ def test_curves_of_knn_over_epochs(imagenet, tmp_path, monkeypatch, capsys):
     assert {method: sorted(line) for method, line in curves.items()} == {"SogCLR": [2, 3], "SimCLR": [2, 3]}
     assert sorted(curves["SogCLR"][3]) == pytest.approx(sorted([written["dcl", 1], written["dcl", 2]]))
     assert curves["SimCLR"][3] == pytest.approx([written["cl", 1]])
+    assert curves["SimCLR"][2] == pytest.approx([float(log[-1].split("kNN-20 ")[1].split()[0])], abs=0.05)
     assert collect(monkeypatch, capsys, tmp_path, "--curves", tmp_path / "curves.png") == []
     with Image.open(tmp_path / "curves.png") as picture:
         colors = {color for _, color in picture.getcolors(2**24)}
@@ -186,11 +200,18 @@ def test_curves_of_knn_over_epochs(imagenet, tmp_path, monkeypatch, capsys):
         file.unlink()
     assert list(collect_results.knn_curves(tmp_path)) == ["SogCLR"]
     shutil.copytree(next(tmp_path.glob("*seed_2")), tmp_path / "zz")
-    for folder, message in ((tmp_path, "zz/settings.json: has the same method and seed as"),
+    for folder, message in ((tmp_path, "zz: has the same method and seed as"),
+                            (tmp_path / "none", "no such folder"),
                             (next(tmp_path.glob("*seed_3")), "no finished run of train.py with --knn-freq")):
         with pytest.raises(SystemExit, match="2"):
             collect(monkeypatch, capsys, folder, "--curves", tmp_path / "curves.png")
         assert message in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "zz")
+    call(train, "--data", imagenet, *TINY, "--epochs", 3, "--save_dir", tmp_path, "--seed", 4, "--knn-freq", 3,
+         "--t", 0.2)
+    with pytest.raises(SystemExit, match="2"):
+        collect(monkeypatch, capsys, tmp_path, "--curves", tmp_path / "curves.png")
+    assert "--curves: plots runs that differ in method and seed, not in batch_size, t" in capsys.readouterr().err
 
 
 def test_what_cannot_be_collected(tmp_path, runs, monkeypatch, capsys):
@@ -215,4 +236,4 @@ def test_what_cannot_be_collected(tmp_path, runs, monkeypatch, capsys):
     assert f"{again}: has the same pretraining settings, protocol and seed as {first}" in refusal(runs)
     for text in (first.read_text()[:100], "null", '{"encoder": {"loss_type": "cl"}}'):
         again.write_text(text)
-        assert f"{again}: cannot be read as a lincls.py result" in refusal(runs)
+        assert f"{again}: cannot be read as a result, remove it or run it again" in refusal(runs)

@@ -15,7 +15,7 @@ from sogclr.monitor import alignment_and_uniformity
 
 N, B, STEPS, TEMPERATURE = 20, 8, 4, 0.1
 CASES = ("dcl", "cl", "isogclr", "dcl with unused parameters", "dcl resumed", "isogclr resumed", "dcl in groups",
-         "isogclr in groups")
+         "cl in groups", "isogclr in groups")
 
 
 class Net(torch.nn.Module):
@@ -32,10 +32,9 @@ class Net(torch.nn.Module):
 
 
 def new_criterion(case):
-    if case == "cl":
-        return ContrastiveLoss(TEMPERATURE)
-    kind = RobustGlobalContrastiveLoss if "isogclr" in case else GlobalContrastiveLoss
-    criterion = kind(N, TEMPERATURE).double()
+    kind, _, _ = case.partition(" ")
+    criterion = (ContrastiveLoss(TEMPERATURE) if kind == "cl" else GlobalContrastiveLoss(N, TEMPERATURE)
+                 if kind == "dcl" else RobustGlobalContrastiveLoss(N, TEMPERATURE)).double()
     criterion.group_size = B // 2 if "groups" in case else None     # each is on one or two ranks
     return criterion
 

@@ -1,5 +1,6 @@
 """How far a small batch's gradient points away from that of the global loss."""
 
+import argparse
 import math
 import re
 import sys
@@ -11,6 +12,7 @@ from helpers import newest
 
 from scripts.experiments import gradient_bias
 from scripts.experiments.gradient_bias import batches, bias_and_noise, gradient, measure
+from sogclr import checkpoint
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss
 
 N, TAU = 128, 0.1
@@ -85,10 +87,16 @@ def test_with_u_of_many_visits_a_small_batch_does_no_harm(z, generator):
     assert without > 25
 
 
+def network_of(path):
+    args = argparse.Namespace(checkpoint=path, data=None, batch_sizes=[20], images=20, workers=1)
+    saved = checkpoint.load(path, "CHECKPOINT", ("epoch", "state_dict", "settings"))
+    return gradient_bias.Network(args, saved, torch.device("cpu"))
+
+
 @pytest.mark.slow
 def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypatch, capsys):
     """It must show each loss at each batch size; with one batch of all images neither SogCLR's gradient nor the score
-    with BatchNorm's batch statistics is off. Invalid input gives one line.
+    with BatchNorm's batch statistics is off. GCL must be that of its definition. Invalid input gives one line.
     """
     def bias(*args):
         monkeypatch.setattr(sys, "argv", ["gradient_bias.py", *map(str, args)])
@@ -105,7 +113,12 @@ def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypat
     assert rows[1][5] == "0.0°, 0.00"
     assert rows[2][5] != rows[1][5]         # u has seen other views
     assert float(rows[3][4]) < float(rows[3][5]) == 1
-    assert -2 < float(re.fullmatch(r"GCL, with all 20 images: (\S+) at --t 0.1", gcl)[1]) < 2
+    a, b = network_of(path).project(2, 20).unbind(1)
+    others = ~torch.eye(20, dtype=torch.bool)
+    g = [torch.cat([(x @ y.T / 0.1).exp()[others].view(20, 19) for y in (a, b)], 1).mean(1) for x in (a, b)]
+    expected = (0.1 * (g[0] * g[1]).log() - 2 * (a * b).sum(1)).mean().item()
+    printed = re.fullmatch(r"GCL, with all 20 images: (\S+) at --t 0.1", gcl)[1]
+    assert float(printed) == pytest.approx(expected, abs=1e-4)
     assert remark[0].startswith("20 images, 3 visits, 3 passes; ")
 
     foreign, other = tmp_path / "foreign.pth.tar", tmp_path / "other.pth.tar"

@@ -324,7 +324,7 @@ def test_groups_are_batches_of_their_own(make):
         for name, ours in whole.named_buffers():
             if name not in ("batches", "last_visit"):
                 assert torch.allclose(ours, dict(parts.named_buffers())[name], rtol=1e-12, atol=0)
-    for size in (1, 5, 24):
+    for size in (0, 1, 5, 24):
         whole.group_size = size
         with pytest.raises(ValueError, match="must be at least 2 and divide the batch of 12 images"):
             whole(z1, z2, index)

@@ -219,9 +219,9 @@ def test_same_command_finds_its_run(imagenet, tmp_path, monkeypatch, capsys):
 # Of one step an epoch, so that all take effect in the second.
 EFFECTIVE = ["--lr 0.3", "--learning-rate-scaling linear", "--momentum 0.1", "--wd 0.5", "--warmup-epochs 1",
              "--crop-min 0.9", "--t 0.3", "--gamma 0.2", "--gamma-schedule cosine --gamma-decay-epochs 4",
-             "--gamma-schedule cosine --gamma-decay-epochs 9", "--batch-size 12", "--start-epoch 1", "--seed 2",
-             "--precision bf16", "--image-size 40", "--epochs 4", "--optimizer adamw", "--loss_type cl",
-             "--augment pil", *(f"--loss_type isogclr {flags}" for flags in (
+             "--gamma-schedule cosine --gamma-decay-epochs 9", "--batch-size 12", "--loss-batch-size 12",
+             "--start-epoch 1", "--seed 2", "--precision bf16", "--image-size 40", "--epochs 4", "--optimizer adamw",
+             "--loss_type cl", "--augment pil", *(f"--loss_type isogclr {flags}" for flags in (
                  "", "--rho 1", "--t-lr 1", "--t-lr 1 --t-max 0.2", "--t-beta 0.1", "--rho 9", "--rho 9 --t-min 0.07",
                  "--gamma-schedule cosine --gamma-decay-epochs 4"))]
 
@@ -319,6 +319,7 @@ def test_speed_excludes_what_workers_had_ready(monkeypatch):
     ("--wd 0.5", "made with --wd 1e-06, not 0.5; leave --wd out"),
     ("--lr 0.5", "made with --lr 0.075, not 0.5"),
     ("--batch-size 6", "made with --batch-size 8, not 6; pass --batch-size 8"),
+    ("--loss-batch-size 4", "made with --loss-batch-size 8, not 4"),
     ("--epochs 3", "made with --epochs 2, not 3"),
     ("--seed 6", "made with --seed 5, not 6"),
     ("--image-size 40", "made with --image-size 32, not 40"),
@@ -333,6 +334,18 @@ def test_conflicting_flags_at_a_resume(flags, error, pretrained, imagenet, tmp_p
     with pytest.raises(SystemExit, match="2"):
         call(train, "--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path, "--resume", first, *flags.split())
     assert error in capsys.readouterr().err
+
+
+def test_checkpoints_from_before_loss_batch_size(pretrained, imagenet, tmp_path, capsys):
+    """They do not record it: their loss saw the whole batch, so only such a one may continue them."""
+    earlier = torch.load(newest(pretrained[1], "checkpoint_0000.pth.tar"), weights_only=True)
+    del earlier["settings"]["loss_batch_size"]
+    torch.save(earlier, tmp_path / "kept.pth.tar")
+    command = ["--data", imagenet, *TINY, "--epochs", 2, "--save_dir", tmp_path, "--resume", tmp_path / "kept.pth.tar"]
+    with pytest.raises(SystemExit, match="2"):
+        call(train, *command, "--loss-batch-size", 4)
+    assert "made with --loss-batch-size 8, not 4" in capsys.readouterr().err
+    assert len(losses(call(train, *command))) == 3      # of epoch 1
 
 
 def test_the_authors_checkpoints_resume(pretrained, imagenet, tmp_path):

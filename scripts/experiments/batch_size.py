@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does a small batch harm? Trains SimCLR, DCL and SogCLR with equal settings at several batch sizes, and compares them.
 
-    python scripts/experiments/batch_size.py PRESET --data DIR      PRESET is one of those below
+    python scripts/experiments/batch_size.py PRESET --data DIR      PRESET is cpu, small, gpu, ...: see --help
 
 Each run is pretrained by train.py and evaluated by lincls.py: with linear classifiers at eight learning rates on cached
 features (in `gpu`, `cpu` and `gamma` also on those of random crops), by logistic regression, and by kNN. All other
@@ -9,8 +9,9 @@ flags are passed to train.py, for example `--epochs 60 --gamma 0.2`. The same co
 and skips what is done, and runs with other settings may be added to the same --out; its results.md has the tables of
 them all.
 
-DCL (decoupled contrastive learning, arXiv 2110.06848) is SimCLR without the positive in the denominator, or SogCLR
-without its moving average (gamma 1): it separates the two.
+DCL (decoupled contrastive learning, arXiv 2110.06848; not `--loss_type dcl`, which is SogCLR) is SimCLR without the
+positive in the denominator. It is trained as SogCLR with gamma 1, which has no moving average, and so separates the
+two. (Like SogCLR's, its gradient has the factor tau, which LARS removes, except for BatchNorm's weights and biases.)
 """
 
 import argparse
@@ -39,11 +40,8 @@ from sogclr.run import file_name
 ROOT, CORES = Path(train.__file__).resolve().parent, available_cores()
 
 
-# {method: its flags for train.py, and the settings that have no effect on it}
-METHODS = {"simclr": ("--loss_type cl", (*train.GAMMA_FLAGS, *train.ISOGCLR_FLAGS)),
-           "decoupled": ("--loss_type dcl --gamma 1", (*train.GAMMA_FLAGS[1:], *train.ISOGCLR_FLAGS)),
-           "sogclr": ("--loss_type dcl", train.ISOGCLR_FLAGS),
-           "isogclr": ("--loss_type isogclr", ())}
+METHOD_FLAGS = {"simclr": "--loss_type cl", "decoupled": "--loss_type dcl --gamma 1", "sogclr": "--loss_type dcl",
+                "isogclr": "--loss_type isogclr"}
 
 
 class Preset(NamedTuple):
@@ -72,10 +70,10 @@ PRESETS = {
                   (RATES, *QUICK)),
     "cpu": CPU,
     "small": CPU._replace(
-        about="the same images, batch 64, of which the loss sees 4 to 64 at a time (--loss-batch-size)",
+        about="5,000 images, batch 64, of which the loss sees 4 to 64 at a time (--loss-batch-size)",
         flags=f"{SMALL} --precision fp32 --epochs 12 --lr 0.075 --t 0.1 --gamma 0.2 --batch-size 64",
         batch_sizes=(4, 8, 16, 64), protocols=QUICK, varied="loss_batch_size"),
-    "gamma": CPU._replace(about="as cpu, batch 16: other gammas and temperatures", batch_sizes=(16,), variants=(
+    "gamma": CPU._replace(about="5,000 images, batch 16: other gammas and temperatures", batch_sizes=(16,), variants=(
         "--gamma 0.2", "--t 0.05", "--t 0.05 --gamma 0.2")),
     "search": Preset(
         "settings for batch 64, chosen on held-out training images", f"{SMALL} --precision bf16 --epochs 10 --lr 0.15 "
@@ -83,8 +81,9 @@ PRESETS = {
             "--t 0.1", "--t 0.4", "--lr 0.3", "--lr 0.075", "--lr 0.0375", "--t 0.1 --lr 0.075",
             "--t 0.07 --lr 0.075", "--t 0.05 --lr 0.075", "--crop-min 0.08", "--wd 1e-4", "--gamma 0.5",
             "--gamma 0.2"), seeds=(1,), images=(5000, 5000), held_out=True),
-    "rho": CPU._replace(about="the same for iSogCLR's rho", batch_sizes=(64,), protocols=QUICK, methods=("isogclr",),
-                        seeds=(1,), held_out=True, variants=("--rho 0.2", "--rho 0.4", "--rho 1", "--rho 2"))}
+    "rho": CPU._replace(about="iSogCLR's rho for batch 64, on the same", batch_sizes=(64,), protocols=QUICK,
+                        methods=("isogclr",), seeds=(1,), held_out=True,
+                        variants=("--rho 0.2", "--rho 0.4", "--rho 1", "--rho 2"))}
 
 # What this script decides itself, and what to do instead.
 OWN = {"loss_type": "use --methods", "seed": "use --seeds", "save_dir": "use --out", "dry_run": "use --plan",
@@ -96,10 +95,10 @@ def parse():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("preset", choices=PRESETS, help="; ".join(
         f"{name}: {preset.about}" for name, preset in PRESETS.items()))
-    parser.add_argument("--methods", nargs="+", choices=METHODS,
-                        help="SimCLR, DCL, SogCLR, iSogCLR (default: the preset's)")
+    parser.add_argument("--methods", nargs="+", choices=METHOD_FLAGS,
+                        help="SimCLR, DCL (decoupled), SogCLR, iSogCLR (default: the preset's)")
     parser.add_argument("--batch-sizes", nargs="+", type=number(int, "[2, inf)"), metavar="N",
-                        help="batch sizes to compare (default: the preset's)")
+                        help="batch sizes to compare, with the preset small those of the loss (default: the preset's)")
     parser.add_argument("--seeds", nargs="+", type=number(int, "[0, inf)"), metavar="N",
                         help="seeds, each of which is a run (default: the preset's)")
     parser.add_argument("--images", nargs=2, type=number(int, "[1, inf)"), metavar=("TRAIN", "VAL"),
@@ -137,7 +136,7 @@ def part_of(args):
 
 
 def plan(args, extra, data):
-    """{name of a run: its [(command, file that exists once it is done)]}; a wrong flag exits with one line, flags that
+    """{name of a run: its [(command, file that exists once it is done)]}. A wrong flag exits with one line; flags that
     contradict each other raise InputError.
     """
     runs = {}
@@ -146,16 +145,15 @@ def plan(args, extra, data):
     common = [*data, "--save_dir", args.out, "--resume", "auto"]
     for seed, variant, batch_size, method in itertools.product(args.seeds, ("", *args.variants), args.batch_sizes,
                                                                args.methods):
-        of_method, idle = METHODS[method]
-        settings = train.PARSER.parse_args(list(map(str, [
-            *defaults, *variant.split(), *common, *of_method.split(), train.PARSER.flag(args.varied), batch_size,
-            "--seed", seed])))
-        # Runs that differ in what has no effect are one.
-        for name in [*idle, *["loss_batch_size"] * (settings.loss_batch_size == settings.batch_size)]:
-            setattr(settings, name, train.PARSER.get_default(name))
+        flags = [*defaults, *variant.split(), *common, *METHOD_FLAGS[method].split(), train.PARSER.flag(args.varied),
+                 batch_size, "--seed", seed]
+        settings = train.PARSER.parse_args(list(map(str, flags)))
+        for name in (*train.GAMMA_FLAGS, *train.ISOGCLR_FLAGS):     # runs that differ in what has no effect are one
+            if collect_results.setting(vars(settings), name) is None and (name, settings.loss_type) != ("gamma", "dcl"):
+                setattr(settings, name, train.PARSER.get_default(name))
         train.check_flags(settings)
         folder = args.out / train.run_name(settings)
-        runs[folder.name] = [(["train.py", *train.PARSER.flags(settings)], folder / "results.json")]
+        runs[folder.name] = [(["train.py", *train.PARSER.command_line(settings)], folder / "results.json")]
         for protocol in args.protocols:
             flags = [*common, "--pretrained", folder / "checkpoint_last.pth.tar", "--seed", seed]
             for name in ("arch", "image_size", "stem", "workers", "bad_images", "precision", "gpu"):
@@ -218,7 +216,6 @@ def main():
     except InputError as error:
         parser.error(str(error))
     if args.plan:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # for `| head`
         for command in [make_images, *(command for steps in runs.values() for command, _ in steps)]:
             if command:
                 print(shlex.join(["python", *map(str, command)]))
@@ -242,4 +239,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if "--plan" in sys.argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # for `| head`
     main()

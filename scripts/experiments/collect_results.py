@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Collect many runs in one table, and a plot, from the results.json files that lincls.py wrote.
+"""Collect many runs in one table, or a plot, from the results.json files that lincls.py wrote.
 
     python scripts/experiments/collect_results.py FOLDER [--png FILE | --curves FILE]
 
 Runs that differ only in the seed form one row: mean and standard deviation over all available seeds. In addition to
-loss and batch size, each pretraining setting in which the runs differ has a column. Accuracies are those of the last
+method and batch size, each pretraining setting in which the runs differ has a column. Accuracies are those of the last
 epoch; if classifiers with several learning rates were trained, the best one represents the run.
 
-DCL is SogCLR with gamma 1: without the moving average, it is SimCLR without the positive in the denominator. If two of
-the methods were trained with the same settings, a second table shows their differences, each of two runs with the same
-seed, which share initial weights, order and views.
+DCL (decoupled contrastive learning; not `--loss_type dcl`) is SogCLR with gamma 1. If two of the methods were trained
+with the same settings, a second table shows their differences, each of two runs with the same seed, which share initial
+weights, order and views.
+
+--curves reads what train.py wrote to TensorBoard instead.
 """
 
 import json
@@ -30,9 +32,21 @@ from train import GAMMA_FLAGS, ISOGCLR_FLAGS, PARSER, RESUME_FLAGS
 
 MINUTES = "minutes"
 COLORS = {"SimCLR": (200, 80, 40), "DCL": (160, 60, 160), "SogCLR": (40, 90, 180), "iSogCLR": (30, 140, 90)}
+SETTINGS = "method", *RESUME_FLAGS
 # Methods to compare, with the settings that only the first has.
 PAIRS = (("DCL", "SimCLR", ()), ("SogCLR", "SimCLR", GAMMA_FLAGS), ("SogCLR", "DCL", GAMMA_FLAGS),
-         ("iSogCLR", "SogCLR", ISOGCLR_FLAGS))
+         ("iSogCLR", "SogCLR", ISOGCLR_FLAGS), ("iSogCLR", "DCL", (*GAMMA_FLAGS, *ISOGCLR_FLAGS)))
+
+
+def all_results(folder):
+    """Yield (file, content) of each results.json under a folder. Raises InputError if one is not a JSON object."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    for file in sorted(folder.rglob("results.json")):
+        try:
+            yield file, dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{file}: cannot be read as a result, remove it or run it again") from error
 
 
 def read(folder):
@@ -43,12 +57,9 @@ def read(folder):
     (commit, device, torch version) of the evaluations.
     Raises InputError if there is none, if one cannot be read, or if two would be the same entry.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
     runs, made_by = [], set()
-    for file in sorted(folder.rglob("results.json")):
+    for file, results in all_results(folder):
         try:
-            results = json.loads(file.read_text())
             encoder = results.get("encoder")        # the settings of its pretraining
             if not encoder:
                 continue
@@ -63,22 +74,20 @@ def read(folder):
                 classifiers = results["classifiers"]
                 values = {results["protocol"] + f", best of {len(classifiers)} rates" * (len(classifiers) > 1):
                           max(score["acc1"] for score in classifiers if score["acc1"] is not None)}
-            runs.append((file, encoder, values, results.get("pretraining_seconds")))
+            runs.append((file, {name: setting(encoder, name) for name in SETTINGS}, values,
+                         results.get("pretraining_seconds")))
             commit = results["commit"] or "unknown"
             made_by.add((commit + " (changed)" * (not results["clean"]), results["device"],
                          results["versions"]["torch"]))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{file}: cannot be read as a lincls.py result, remove it or run it again") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: cannot be read as a result, remove it or run it again") from error
     if not runs:
         raise InputError(f"{folder}: contains no results.json of a pretrained encoder, run lincls.py first")
 
-    names, encoders = ["method", "loss_batch_size"], [encoder for _, encoder, _, _ in runs]
-    same = all(setting(encoder, "loss_batch_size") == encoder["batch_size"] for encoder in encoders)
-    names += [name for name in RESUME_FLAGS if name not in (*names, "loss_type", "seed", *["batch_size"] * same)
-              and len({setting(encoder, name) for encoder in encoders} - {None}) > 1]
+    names = differing([encoder for _, encoder, _, _ in runs])
     table, entered = {}, {}
     for file, encoder, values, seconds in runs:
-        settings, seed = tuple(setting(encoder, name) for name in names), encoder["seed"]
+        settings, seed = tuple(encoder[name] for name in names), encoder["seed"]
         row = table.setdefault(settings, {})
         for column, value in values.items():
             other = entered.setdefault((settings, column, seed), file)
@@ -98,14 +107,27 @@ def setting(encoder, name):
     if name == "method":
         return method
     if name == "loss_batch_size":
-        return encoder.get(name, encoder["batch_size"])
+        return encoder.get(name) or encoder["batch_size"]
     idle = (name in GAMMA_FLAGS and method in ("SimCLR", "DCL")) or (
-        name == "gamma_decay_epochs" and encoder.get("gamma_schedule") != "cosine")
+        name == "gamma_decay_epochs" and encoder.get("gamma_schedule") != "cosine") or (
+        name in ISOGCLR_FLAGS and method != "iSogCLR")
     return None if idle else encoder.get(name)
 
 
+def differing(encoders):
+    """The names of the settings that distinguish runs, apart from the seed: method, batch size (that of the loss, if a
+    loss saw only a part of the batch at a time), and those that differ.
+
+    encoders: {name: value} of each run, with all SETTINGS.
+    """
+    batch = "batch_size" if all(run["loss_batch_size"] == run["batch_size"] for run in encoders) else "loss_batch_size"
+    others = [name for name in SETTINGS if name not in ("method", "loss_type", "seed", "loss_batch_size", batch)
+              and len({run[name] for run in encoders} - {None}) > 1]
+    return ["method", batch, *others]
+
+
 def differences(names, table):
-    """The differences of PAIRS, seed by seed, if all settings but the first loss's own are equal: a table as from
+    """The differences of PAIRS, seed by seed, if all settings but the first method's own are equal: a table as from
     `read`.
     """
     def common(settings, own):
@@ -141,7 +163,7 @@ def markdown(names, table):
     """A Markdown table: a row per settings, a column per protocol, and the minutes that pretraining took."""
     columns = sorted({column for row in table.values() for column in row}, key=lambda name: (name == MINUTES, name))
     flags = {action.dest: action.option_strings[-1] for action in PARSER._actions}
-    heads = ["loss", "batch", *(f"`{flags[name]}`" for name in names[2:]), *columns, "seeds"]
+    heads = ["method", *(f"`{flags[name]}`" for name in names[1:]), *columns, "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for (method, *settings), row in in_order(table):
         cells = [method, *("" if value is None else str(value) for value in settings)]
@@ -163,23 +185,26 @@ def report(names, table, made_by):
 def knn_curves(folder):
     """{method: {epoch: [kNN-20 of each seed]}} of the finished runs of train.py with --knn-freq under a folder.
 
-    From their TensorBoard logs. Raises InputError if there is none, or if a method has two runs with the same seed.
+    From their TensorBoard logs. Raises InputError if there is none, if a file cannot be read, or if runs differ in more
+    than method and seed.
     """
-    curves, entered = {}, {}
-    for file in sorted(folder.rglob("settings.json")):
-        settings = json.loads(file.read_text())["settings"]
-        log = EventAccumulator(str(file.parent)).Reload()
-        if "features/kNN-20" not in log.Tags()["scalars"] or not (file.parent / "results.json").exists():
-            continue
-        run = setting(settings, "method"), settings["seed"]
-        if entered.setdefault(run, file) != file:
-            raise InputError(f"{file}: has the same method and seed as {entered[run]}, move one of them elsewhere")
-        *_, last = reports = log.Scalars("features/kNN-20")
-        for event in reports:
-            epoch = round(event.step / last.step * settings["epochs"])
-            curves.setdefault(run[0], {}).setdefault(epoch, []).append(event.value)
-    if not curves:
+    # Only train.py's results.json have that key.
+    runs = [(file.parent, {name: setting(results["settings"], name) for name in SETTINGS})
+            for file, results in all_results(folder) if "kNN-20" in results]
+    if not runs:
         raise InputError(f"{folder}: contains no finished run of train.py with --knn-freq")
+    names = differing([settings for _, settings in runs])[1:]
+    if len({tuple(settings[name] for name in names) for _, settings in runs}) > 1:
+        raise InputError(f"--curves: plots runs that differ in method and seed, not in {', '.join(names)}")
+    curves, entered = {}, {}
+    for run, settings in runs:
+        method, seed = settings["method"], settings["seed"]
+        if entered.setdefault((method, seed), run) != run:
+            raise InputError(f"{run}: has the same method and seed as {entered[method, seed]}, move one elsewhere")
+        reports = EventAccumulator(str(run), {"scalars": 0}).Reload().Scalars("features/kNN-20")
+        for report in reports:
+            epoch = round(report.step / reports[-1].step * settings["epochs"])
+            curves.setdefault(method, {}).setdefault(epoch, []).append(report.value)
     return curves
 
 
@@ -211,9 +236,11 @@ def plot(lines, protocol, across, scale, file, width=640, height=400):
         draw.text((place(x, low)[0], bottom + 8), str(x), "black", font, "mt")
     draw.text(((left + right) / 2, height - 12), across, "black", font, "mb")
     draw.text((left - 15, 12), f"Acc@1, {protocol}", "black", font, "lt")
-    for k, (method, color) in enumerate((method, color) for method, color in COLORS.items() if method in lines):
-        line = lines[method]
-        draw.text((right, 12 + 18 * k), method, color, font, "rt")
+    at = right      # of the methods' names, from right to left
+    for method in sorted(lines, key=[*COLORS].index, reverse=True):
+        color, line = COLORS[method], lines[method]
+        draw.text((at, 12), method, color, font, "rt")
+        at -= font.getlength(method) + 18
         draw.line([place(x, mean) for x, (mean, _) in line.items()], color, 2)
         for x, (mean, deviation) in line.items():
             (x, y), (_, reach) = place(x, mean), place(x, mean + deviation)
@@ -225,13 +252,13 @@ def plot(lines, protocol, across, scale, file, width=640, height=400):
 def main():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to search, at any depth")
-    parser.add_argument("--png", type=output_file, metavar="FILE",
-                        help="also plot logistic regression, or else the classic linear protocol, or else another, to "
-                             "this file")
-    parser.add_argument("--curves", type=output_file, metavar="FILE",
-                        help="instead plot kNN-20 over the epochs, of runs of train.py with --knn-freq, to this file")
+    pictures = parser.add_mutually_exclusive_group()
+    pictures.add_argument("--png", type=output_file, metavar="FILE",
+                            help="also plot logistic regression, or else the classic linear protocol, or else another, "
+                               "over the batch size, to this file")
+    pictures.add_argument("--curves", type=output_file, metavar="FILE",
+                          help="instead plot kNN-20 over the epochs, of runs of train.py with --knn-freq, to this file")
     args = parser.parse_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # for `| head`
     try:
         if args.curves:
             plot(knn_curves(args.folder), "kNN-20", "epoch", float, args.curves)
@@ -249,8 +276,9 @@ def main():
         for (method, batch), row in table.items():
             if protocol in row:
                 lines.setdefault(method, {})[batch] = list(row[protocol].values())
-        plot(lines, protocol, "batch size", math.log2, args.png)
+        plot(lines, protocol, "batch size" + " of the loss" * (names[1] != "batch_size"), math.log2, args.png)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # for `| head`
     main()

@@ -17,8 +17,8 @@ and in other batches, as in training; but since the network does not change, the
 few views dominate a score, so the angles then depend on the number of images.
 
 The last row is about the network instead: the mean of the negatives' score g among the images of a batch that BatchNorm
-normalizes by the batch's own statistics, as in training, as a fraction of its mean among all of them. A line
-below the table gives the global loss itself, GCL.
+normalizes by the batch's own statistics, as in training, as a fraction of its mean among all of them. The line below
+the table is the global loss itself, GCL.
 """
 
 import copy
