@@ -48,6 +48,17 @@ def test_help_states_the_true_defaults(parser, capsys):
             assert states.endswith(f"(default: {action.default})") or f"; {action.default} is" in states, action.dest
 
 
+@pytest.mark.parametrize(("module", "flags"), [
+    (train, ["-b", "64", "--wd=0.5", "--dry-run", "--gpu", "0", "--resume", "auto", "--lr", "0.075"]),
+    (lincls, ["--lr", "0.1", "1", "--features", "cached", "--multiprocessing-distributed", "--wd", "0"])])
+def test_command_line_of_settings(module, flags):
+    """It must give the same settings, and leave out defaults."""
+    settings = module.PARSER.parse_args(flags)
+    words = module.PARSER.command_line(settings)
+    assert module.PARSER.parse_args(words) == settings
+    assert "0.075" not in words
+
+
 BAD = [
     (train, ["--data", "nowhere"], "--data nowhere: no such folder"),
     (train, ["--data", "EMPTY"], "EMPTY: has no folder 'train'"),
