@@ -10,8 +10,8 @@ and skips what is done, and runs with other settings may be added to the same --
 them all.
 
 DCL (decoupled contrastive learning, arXiv 2110.06848; not `--loss_type dcl`, which is SogCLR) is SimCLR without the
-positive in the denominator. It is trained as SogCLR with gamma 1, which has no moving average, and so separates the
-two. (Like SogCLR's, its gradient has the factor tau, which LARS removes, except for BatchNorm's weights and biases.)
+positive in the denominator. It is trained as SogCLR with gamma 1, which has no moving average, so that the effects of
+the two can be told apart. (Its gradient, too, has the factor tau, which LARS removes except for BatchNorm's weights.)
 """
 
 import argparse
@@ -40,7 +40,7 @@ from sogclr.run import file_name
 ROOT, CORES = Path(train.__file__).resolve().parent, available_cores()
 
 
-METHOD_FLAGS = {"simclr": "--loss_type cl", "decoupled": "--loss_type dcl --gamma 1", "sogclr": "--loss_type dcl",
+FLAGS_OF_METHOD = {"simclr": "--loss_type cl", "decoupled": "--loss_type dcl --gamma 1", "sogclr": "--loss_type dcl",
                 "isogclr": "--loss_type isogclr"}
 
 
@@ -95,7 +95,7 @@ def parse():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("preset", choices=PRESETS, help="; ".join(
         f"{name}: {preset.about}" for name, preset in PRESETS.items()))
-    parser.add_argument("--methods", nargs="+", choices=METHOD_FLAGS,
+    parser.add_argument("--methods", nargs="+", choices=FLAGS_OF_METHOD,
                         help="SimCLR, DCL (decoupled), SogCLR, iSogCLR (default: the preset's)")
     parser.add_argument("--batch-sizes", nargs="+", type=number(int, "[2, inf)"), metavar="N",
                         help="batch sizes to compare, with the preset small those of the loss (default: the preset's)")
@@ -145,7 +145,7 @@ def plan(args, extra, data):
     common = [*data, "--save_dir", args.out, "--resume", "auto"]
     for seed, variant, batch_size, method in itertools.product(args.seeds, ("", *args.variants), args.batch_sizes,
                                                                args.methods):
-        flags = [*defaults, *variant.split(), *common, *METHOD_FLAGS[method].split(), train.PARSER.flag(args.varied),
+        flags = [*defaults, *variant.split(), *common, *FLAGS_OF_METHOD[method].split(), train.PARSER.flag(args.varied),
                  batch_size, "--seed", seed]
         settings = train.PARSER.parse_args(list(map(str, flags)))
         for name in (*train.GAMMA_FLAGS, *train.ISOGCLR_FLAGS):     # runs that differ in what has no effect are one
