@@ -149,10 +149,10 @@ def test_logistic_regression_is_recorded(linear, imagenet, tmp_path, capsys):
         for process in ranks:
             process.end()
     two = results(tmp_path / "two")["logistic"]
-    curves = [[(point["l2"], point["held_out_acc1"]) for point in each["curve"]] for each in (two, found)]
-    shorter = min(map(len, curves))     # rounding may decide whether the last value is needed
-    assert curves[0][:shorter] == curves[1][:shorter]
-    assert abs(len(curves[0]) - len(curves[1])) <= 1
+    for one, other in zip(two["curve"], found["curve"], strict=False):      # rounding may decide how long they are
+        assert (one["l2"], one["held_out_acc1"]) == (other["l2"], other["held_out_acc1"])
+        exact = one["l2"] >= found["l2"]        # below, the optimum of these few images is flat
+        assert one["held_out_loss"] == pytest.approx(other["held_out_loss"], rel=1e-3 if exact else 0.05)
     assert (two["l2"], two["loss"]) == (found["l2"], pytest.approx(found["loss"], rel=1e-3))
 
     few, _ = linear("--logistic", "--shots", 1, 4, "--draws", 3)
