@@ -32,6 +32,16 @@ def runs(tmp_path):
     return tmp_path
 
 
+def add(runs, name, like, acc1=None, **encoder):
+    """Add an evaluation like another, with other settings of its encoder, and another accuracy if given."""
+    results = json.loads((runs / like / "results.json").read_text())
+    results["encoder"] |= encoder
+    if acc1 is not None:
+        results["classifiers"][1] = {"acc1": acc1}
+    (runs / name).mkdir()
+    (runs / name / "results.json").write_text(json.dumps(results))
+
+
 def collect(monkeypatch, capsys, *args):
     monkeypatch.setattr(sys, "argv", ["collect_results.py", *map(str, args)])
     collect_results.main()
@@ -58,11 +68,7 @@ def test_mean_and_deviation_over_seeds(runs, monkeypatch, capsys):
 def test_differences_are_of_equal_settings_and_seeds(runs, monkeypatch, capsys):
     """Each SogCLR run must be paired with SimCLR of the same temperature and seed, whatever its gamma, or omitted."""
     def another(name, **encoder):
-        results = json.loads((runs / "dcl_64_1" / "results.json").read_text())
-        results["encoder"] |= encoder
-        results["classifiers"][1] = {"acc1": 80.0 + encoder["seed"]}
-        (runs / name).mkdir()
-        (runs / name / "results.json").write_text(json.dumps(results))
+        add(runs, name, "dcl_64_1", 80.0 + encoder["seed"], **encoder)
 
     another("second seed", seed=2)
     another("other gamma", gamma=0.2, seed=1)
@@ -78,11 +84,7 @@ def test_dcl_is_a_method_of_its_own(runs, monkeypatch, capsys):
     """SogCLR with gamma 1, whatever its schedule, must have its row between SimCLR and SogCLR, no gamma, and the
     differences to both.
     """
-    results = json.loads((runs / "dcl_64_1" / "results.json").read_text())
-    results["encoder"] |= {"gamma": 1.0, "gamma_schedule": "cosine", "gamma_decay_epochs": 6}
-    results["classifiers"][1] = {"acc1": 73.5}
-    (runs / "gamma 1").mkdir()
-    (runs / "gamma 1" / "results.json").write_text(json.dumps(results))
+    add(runs, "gamma 1", "dcl_64_1", 73.5, gamma=1.0, gamma_schedule="cosine", gamma_decay_epochs=6)
     rows = [line for line in collect(monkeypatch, capsys, runs) if " 64 |" in line]
     assert [(row.split(" | ")[0], row.split(" | ")[4][:5]) for row in rows] == [
         ("| SimCLR", "71.00"), ("| DCL", "73.50"), ("| SogCLR", "75.00"), ("| DCL - SimCLR", "3.50"),
@@ -93,10 +95,7 @@ def test_batch_is_that_of_the_loss(runs, monkeypatch, capsys):
     """A run whose loss saw fewer images at a time must be another row, with the whole batch's size where it varies.
     Earlier runs, which do not record it, saw the whole batch.
     """
-    results = json.loads((runs / "dcl_64_1" / "results.json").read_text())
-    results["encoder"]["loss_batch_size"] = 4
-    (runs / "groups").mkdir()
-    (runs / "groups" / "results.json").write_text(json.dumps(results))
+    add(runs, "groups", "dcl_64_1", loss_batch_size=4)
     lines = collect(monkeypatch, capsys, runs)
     assert lines[0].startswith("| method | `--loss-batch-size` | `--batch-size` | kNN-20 ")
     assert [line.split(" | ")[:3] for line in lines[2:6]] == [
@@ -109,11 +108,7 @@ def test_batch_is_that_of_the_loss(runs, monkeypatch, capsys):
 def test_isogclr_is_compared_with_sogclr(runs, monkeypatch, capsys):
     """Of the same gamma, temperature and seed, whatever its own settings."""
     for name, acc1, settings in (("a", 76.0, {"rho": 0.3}), ("b", 77.0, {"rho": 0.4}), ("c", 90.0, {"gamma": 0.2})):
-        results = json.loads((runs / "dcl_64_1" / "results.json").read_text())
-        results["encoder"] |= {"loss_type": "isogclr", "rho": 0.3, "t_min": 0.05, **settings}
-        results["classifiers"][1] = {"acc1": acc1}
-        (runs / name).mkdir()
-        (runs / name / "results.json").write_text(json.dumps(results))
+        add(runs, name, "dcl_64_1", acc1, **{"loss_type": "isogclr", "rho": 0.3, "t_min": 0.05, **settings})
     lines = collect(monkeypatch, capsys, runs)
     assert "| iSogCLR | 64 | 0.9 | 0.4 |  |  | 77.00 | 64.00 | 1 |" in lines
     assert [line for line in lines if line.startswith("| iSogCLR - SogCLR ")] == [
@@ -145,10 +140,7 @@ def test_logistic_regression_has_columns(runs, monkeypatch, capsys):
 def test_settings_that_differ_have_columns(runs, monkeypatch, capsys):
     """A run with another temperature must be a row of its own, with the temperature in a column; no plot can show it.
     """
-    other = json.loads((runs / "cl_64_1" / "results.json").read_text())
-    other["encoder"]["t"] = 0.5
-    (runs / "other").mkdir()
-    (runs / "other" / "results.json").write_text(json.dumps(other))
+    add(runs, "other", "cl_64_1", t=0.5)
     lines = collect(monkeypatch, capsys, runs)
     assert lines[0].startswith("| method | `--batch-size` | `--t` | kNN-20 ")
     assert [line.split(" | ")[:3] for line in lines[2:4]] == [["| SimCLR", "64", "0.1"], ["| SimCLR", "64", "0.5"]]

@@ -21,6 +21,7 @@ from sogclr.builder import resnet
 from sogclr.classifiers import Classifiers
 from sogclr.datasets import open_data_set
 from sogclr.loader import LabeledBatches, Loader, center_view
+from sogclr.logistic import L2, OVERFITTED
 from sogclr.run import file_name
 
 HEAD = ("module.fc.weight", "module.fc.bias")
@@ -153,6 +154,11 @@ def test_logistic_regression_is_recorded(linear, imagenet, tmp_path, capsys):
         assert (one["l2"], one["held_out_acc1"]) == (other["l2"], other["held_out_acc1"])
         exact = one["l2"] >= found["l2"]        # below, the optimum of these few images is flat
         assert one["held_out_loss"] == pytest.approx(other["held_out_loss"], rel=1e-3 if exact else 0.05)
+    for each in (two, found):       # up to the first that is overfitted
+        held_out = [point["held_out_loss"] for point in each["curve"]]
+        overfitted = [loss > min(held_out[:k + 1]) + OVERFITTED for k, loss in enumerate(held_out)]
+        assert not any(overfitted[:-1])
+        assert overfitted[-1] or len(held_out) == len(L2)
     assert (two["l2"], two["loss"]) == (found["l2"], pytest.approx(found["loss"], rel=1e-3))
 
     few, _ = linear("--logistic", "--shots", 1, 4, "--draws", 3)

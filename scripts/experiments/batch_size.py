@@ -41,7 +41,7 @@ ROOT, CORES = Path(train.__file__).resolve().parent, available_cores()
 
 
 FLAGS_OF_METHOD = {"simclr": "--loss_type cl", "decoupled": "--loss_type dcl --gamma 1", "sogclr": "--loss_type dcl",
-                "isogclr": "--loss_type isogclr"}
+                   "isogclr": "--loss_type isogclr"}
 
 
 class Preset(NamedTuple):
@@ -148,7 +148,8 @@ def plan(args, extra, data):
         flags = [*defaults, *variant.split(), *common, *FLAGS_OF_METHOD[method].split(), train.PARSER.flag(args.varied),
                  batch_size, "--seed", seed]
         settings = train.PARSER.parse_args(list(map(str, flags)))
-        for name in (*train.GAMMA_FLAGS, *train.ISOGCLR_FLAGS):     # runs that differ in what has no effect are one
+        # Runs that differ in what has no effect are one. (DCL's gamma, 1, is part of the method, so no setting either.)
+        for name in (*train.GAMMA_FLAGS, *train.ISOGCLR_FLAGS):
             if collect_results.setting(vars(settings), name) is None and (name, settings.loss_type) != ("gamma", "dcl"):
                 setattr(settings, name, train.PARSER.get_default(name))
         train.check_flags(settings)

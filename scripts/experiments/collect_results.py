@@ -201,10 +201,10 @@ def knn_curves(folder):
         method, seed = settings["method"], settings["seed"]
         if entered.setdefault((method, seed), run) != run:
             raise InputError(f"{run}: has the same method and seed as {entered[method, seed]}, move one elsewhere")
-        reports = EventAccumulator(str(run), {"scalars": 0}).Reload().Scalars("features/kNN-20")
-        for report in reports:
-            epoch = round(report.step / reports[-1].step * settings["epochs"])
-            curves.setdefault(method, {}).setdefault(epoch, []).append(report.value)
+        events = EventAccumulator(str(run), {"scalars": 0}).Reload().Scalars("features/kNN-20")
+        for event in events:
+            epoch = round(event.step / events[-1].step * settings["epochs"])
+            curves.setdefault(method, {}).setdefault(epoch, []).append(event.value)
     return curves
 
 
@@ -254,7 +254,7 @@ def main():
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to search, at any depth")
     pictures = parser.add_mutually_exclusive_group()
     pictures.add_argument("--png", type=output_file, metavar="FILE",
-                            help="also plot logistic regression, or else the classic linear protocol, or else another, "
+                          help="also plot logistic regression, or else the classic linear protocol, or else another, "
                                "over the batch size, to this file")
     pictures.add_argument("--curves", type=output_file, metavar="FILE",
                           help="instead plot kNN-20 over the epochs, of runs of train.py with --knn-freq, to this file")
