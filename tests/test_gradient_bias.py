@@ -5,6 +5,7 @@ import math
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,8 @@ def network_of(path):
 @pytest.mark.slow
 def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypatch, capsys):
     """It must show each loss at each batch size; with one batch of all images neither SogCLR's gradient nor the score
-    with BatchNorm's batch statistics is off. GCL must be that of its definition. Invalid input gives one line.
+    with BatchNorm's batch statistics is off. GCL, and how far u agrees with g, must be those of their definitions.
+    Invalid input gives one line.
     """
     def bias(*args):
         monkeypatch.setattr(sys, "argv", ["gradient_bias.py", *map(str, args)])
@@ -104,8 +106,9 @@ def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypat
         return [re.split(r" *\| *", line) for line in capsys.readouterr().out.splitlines()]
 
     path = newest(pretrained[1])
-    few = "--visits", 3, "--passes", 3, "-j", 1
-    _, head, _, *rows, _, (gcl,), remark = bias(path, "--batch-sizes", 5, 20, "--gamma", 1, 0.2, "--images", 20, *few)
+    saved = torch.load(path, weights_only=True)
+    few = "--images", 20, "--visits", 3, "--passes", 3, "-j", 1
+    _, head, _, *rows, _, (gcl,), (u,), remark = bias(path, "--batch-sizes", 5, 20, "--gamma", 1, 0.2, *few)
     assert head == ["", "loss", "`--t`", "`--gamma`", "batch 5", "batch 20", ""]
     assert [row[1:4] for row in rows] == [["SimCLR", "0.1", ""], ["DCL", "0.1", "1"], ["SogCLR", "0.1", "0.2"],
                                           ["g within a batch / among all", "0.1", ""]]
@@ -119,6 +122,10 @@ def test_gradient_bias_of_a_checkpoint(pretrained, imagenet, tmp_path, monkeypat
     expected = (0.1 * (g[0] * g[1]).log() - 2 * (a * b).sum(1)).mean().item()
     printed = re.fullmatch(r"GCL, with all 20 images: (\S+) at --t 0.1", gcl)[1]
     assert float(printed) == pytest.approx(expected, abs=1e-4)
+    chosen = np.sort(np.random.default_rng(0).permutation(24)[:20])
+    log_u, log_g = (np.log(x.numpy()) for x in (saved["u"][chosen, 0], (g[0] + g[1]) / 2))
+    assert re.findall(r"-?\d+\.\d\d", u) == [f"{value:.2f}" for value in (
+        np.corrcoef(log_u, log_g)[0, 1], log_u.std(ddof=1), log_g.std(ddof=1), np.exp((log_u - log_g).mean()))]
     assert remark[0].startswith("20 images, 3 visits, 3 passes; ")
 
     foreign, other = tmp_path / "foreign.pth.tar", tmp_path / "other.pth.tar"
