@@ -18,7 +18,7 @@ few views dominate a score, so the angles then depend on the number of images.
 
 The last row is about the network instead: the mean of the negatives' score g among the images of a batch that BatchNorm
 normalizes by the batch's own statistics, as in training, as a fraction of its mean among all of them. Below the table
-are the global loss itself, GCL, and, for a checkpoint of SogCLR, how well its u know the scores among all images.
+are the global loss itself, GCL, and, for a checkpoint of SogCLR, how well its u agree with the scores among all images.
 """
 
 import copy
@@ -68,7 +68,7 @@ class Network:
         chosen = np.random.default_rng(0).permutation(len(data.images))[:count]
         chosen.sort()
         data.images = Subset(data.images, chosen)
-        self.u = saved["u"].flatten()[chosen] if settings["loss_type"] == "dcl" else None
+        self.log_u = saved["log_u"][chosen] if settings["loss_type"] == "dcl" and "log_u" in saved else None
 
         recipe = pil_recipe(data, settings["crop_min"]) if settings["augment"] == "pil" else None
         self.views = TwoViewBatches(data, settings["seed"], settings["crop_min"], Augment.num_uniforms,
@@ -170,14 +170,17 @@ def log_mean_score(z, t):
     return criterion.log_U.flatten().logsumexp(0) - math.log(criterion.log_U.numel())
 
 
-def agreement(u, z, t):
-    """A line on how well u [N] agrees with g among all images, a mean over both views of projections z [N, 2, D]."""
+def agreement(log_u, z, t):
+    """A line on how well u agrees with g among all images, a mean over the two views.
+
+    log_u: [N], of images never visited -inf; z: [N, 2, D] projections; t: the temperature of u.
+    """
     whole = GlobalContrastiveLoss(len(z), t, gamma=1.0).to(z.device)
     whole(*z.unbind(1), torch.arange(len(z)))
-    logs = torch.stack([u.to(z).log(), whole.log_u])[:, u > 0]
+    logs = torch.stack([log_u.to(z), whole.log_u])[:, log_u.isfinite()]
     correlation, (of_u, of_g), ratio = torch.corrcoef(logs)[0, 1], logs.std(1), (logs[0] - logs[1]).mean().exp()
-    return (f"u of the checkpoint, and g among all: correlation of the logarithms {correlation:.2f}, their standard "
-            f"deviations {of_u:.2f} and {of_g:.2f}, geometric mean of u / g {ratio:.2f}")
+    return (f"u of the checkpoint, and g, at --t {t:g}: correlation of the logarithms {correlation:.2f}, their "
+            f"standard deviations {of_u:.2f} and {of_g:.2f}, geometric mean of u / g {ratio:.2f}")
 
 
 def table(args, network):
@@ -213,8 +216,8 @@ def table(args, network):
         yield row("g within a batch / among all", t, "", [f"{score:.2f}" for score in scores])
     yield ""
     yield f"GCL, with all {N} images: {', '.join(gcl)}"
-    if network.u is not None:
-        yield agreement(network.u, z, network.settings["t"])
+    if network.log_u is not None:
+        yield agreement(network.log_u, z, network.settings["t"])
     yield (f"{N} images, {args.visits} visits, {args.passes} passes; standard errors of the angles: at most "
            f"{max(errors):.2f}°")
 
