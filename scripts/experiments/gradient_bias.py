@@ -163,21 +163,24 @@ def bias_and_noise(gradients, truth):
     return degrees(square).clamp_min(0).item(), error.item(), noise.item()
 
 
-def log_mean_score(z, t):
-    """The log of the mean of g, over the anchors of z [n, 2, D] as one batch."""
+def log_scores(z, t):
+    """[n] the log of g of each image, a mean over its two views, of z [n, 2, D] as one batch."""
     criterion = GlobalContrastiveLoss(len(z), t, gamma=1.0).to(z.device)
     criterion(*z.unbind(1), torch.arange(len(z)))
-    return criterion.log_U.flatten().logsumexp(0) - math.log(criterion.log_U.numel())
+    return criterion.log_u      # after the first visit
+
+
+def log_mean_score(z, t):
+    """The log of the mean of g over the images of z [n, 2, D] as one batch."""
+    return log_scores(z, t).logsumexp(0) - math.log(len(z))
 
 
 def agreement(log_u, z, t):
-    """A line on how well u agrees with g among all images, a mean over the two views.
+    """A line on how well u agrees with g among all images.
 
     log_u: [N], of images never visited -inf; z: [N, 2, D] projections; t: the temperature of u.
     """
-    whole = GlobalContrastiveLoss(len(z), t, gamma=1.0).to(z.device)
-    whole(*z.unbind(1), torch.arange(len(z)))
-    logs = torch.stack([log_u.to(z), whole.log_u])[:, log_u.isfinite()]
+    logs = torch.stack([log_u.to(z), log_scores(z, t)])[:, log_u.isfinite()]
     correlation, (of_u, of_g), ratio = torch.corrcoef(logs)[0, 1], logs.std(1), (logs[0] - logs[1]).mean().exp()
     return (f"u of the checkpoint, and g, at --t {t:g}: correlation of the logarithms {correlation:.2f}, their "
             f"standard deviations {of_u:.2f} and {of_g:.2f}, geometric mean of u / g {ratio:.2f}")
