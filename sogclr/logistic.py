@@ -20,7 +20,7 @@ from sogclr.meters import correct_in_top
 from sogclr.subset import held_out, shot_indices
 
 L2 = tuple(10 ** (5 - k / 4) for k in range(45))    # 1e5 to 1e-6, from strong to weak
-OVERFITTED = 0.1    # the search ends where the held-out cross-entropy is so much above the least
+OVERFITTED = 0.01   # the search ends where the held-out cross-entropy is so much above the least
 FEW_SHOT_L2 = 10.0  # with 1 to 10 images per class: those that could be held out are too few to choose by
 CHUNK = 8192        # rows that are converted to float64 at a time
 
