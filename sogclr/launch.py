@@ -239,6 +239,7 @@ class _Signals:
 
     def __enter__(self):
         self.first = None       # when the first one arrived, on the monotonic clock
+        self.saves = False      # whether the run has steps to finish, and then saves
         self.before = {number: signal.signal(number, self.listen) for number in self.NUMBERS}
 
     def __exit__(self, kind, *_):
@@ -257,7 +258,9 @@ class _Signals:
 
 
 class _StopSignals(_Signals):
-    """In a rank: the first signal asks the run to finish its step and save, another ends it at once."""
+    """In a rank: ends the run at once before its steps. From then on, the first signal asks it to finish its step and
+    save, and another ends it at once.
+    """
 
     first = answer = None       # answer: a function that waits for the ranks' answer
 
@@ -265,7 +268,11 @@ class _StopSignals(_Signals):
         if again:
             self.end_at_once(number)
         if local_rank() == 0:
-            _say(f"=> {signal.Signals(number).name}: stops after this step and saves; a second signal stops at once")
+            _say(f"=> {signal.Signals(number).name}: " + (
+                "stops after this step and saves; a second signal stops at once" if self.saves else
+                "stops at once, with nothing to save; the same command starts again"))
+        if not self.saves:
+            os._exit(STOPPED)
 
 
 class _ForwardedSignals(_Signals):
@@ -292,6 +299,11 @@ def _say(line):
 
 
 _signals = _StopSignals()       # this process's
+
+
+def finish_steps():
+    """Call when a run's steps begin: from now on a signal lets it finish a step and save (see `stop_requested`)."""
+    _signals.saves = True
 
 
 def stop_requested():

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from sogclr import InputError
-from sogclr.distributed import all_reduce_sum, rank, world_size
+from sogclr.distributed import all_reduce_sum, log, rank, world_size
 from sogclr.meters import correct_in_top
 from sogclr.subset import held_out, shot_indices
 
@@ -53,6 +53,8 @@ class LogisticEvaluation:
             weights, outcome = fit(*kept, self.num_classes, l2, self.variances, weights)    # starts at the last one
             measured = {f"held_out_{name}": value for name, value in measure(weights, *others).items()}
             curve.append({"l2": l2, **measured, **outcome})
+            log("=> L2 {l2:.3g}: held-out loss {held_out_loss:.4f} Acc@1 {held_out_acc1:.2f}, {iterations} iterations"
+                .format(**curve[-1]))
             chosen = min(curve, key=lambda point: point["held_out_loss"])
             if curve[-1]["held_out_loss"] > chosen["held_out_loss"] + OVERFITTED:
                 break

@@ -49,6 +49,29 @@ def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, n
     assert same(load(tmp_path / "straight"), load(tmp_path / "cut"))
 
 
+# A script that gets a signal in one of its functions.
+STOPPED = """
+import os, signal, time, {module}
+
+def stop(*_, **__):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(600)
+
+{module}.{function} = stop
+{module}.launch({module}.main_worker, {module}.PARSER.parse_args())
+"""
+
+
+@pytest.mark.parametrize(("module", "function", "flag"), [
+    ("train", "set_lr", "--dry-run"), ("lincls", "extract", "--logistic"),
+    ("lincls", "CachedFeatures", "--features=cached")])
+def test_a_signal_stops_at_once_where_nothing_can_be_saved(module, function, flag, imagenet, tmp_path):
+    """With exit code 75, since the same command starts again."""
+    _, error = run(PYTHON, "-c", STOPPED.format(module=module, function=function), "--data", imagenet, *TINY,
+                   "--save_dir", tmp_path, flag, code=75)
+    assert error == "=> SIGUSR1: stops at once, with nothing to save; the same command starts again\n"
+
+
 # train.py with an error in its second step. It prints how many workers are left at the end, before torch ends them.
 FAILS = """
 import atexit, multiprocessing, sys, train
