@@ -35,7 +35,7 @@ from sogclr.distributed import all_reduce_sum, log, rank, world_size
 from sogclr.features import CachedFeatures, Encoder, FreshFeatures, Numbered, effective_rank, extract, sample
 from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, refuse, resolve_precision
 from sogclr.knn import evaluate_knn
-from sogclr.launch import launch
+from sogclr.launch import launch, nothing_to_save
 from sogclr.loader import LabeledBatches, Loader, check_batch_size
 from sogclr.logistic import LogisticEvaluation
 from sogclr.meters import AverageMeter, Progress, correct_in_top
@@ -151,6 +151,8 @@ def run_folder(args):
 
 def main_worker(args, device):
     check(args)
+    if args.knn or args.logistic or args.evaluate:
+        nothing_to_save()
     evaluation = Evaluation(args, device)
     if args.knn:
         evaluate_neighbors(evaluation)

@@ -28,7 +28,7 @@ from sogclr.datasets import open_data_set, open_train_and_val
 from sogclr.distributed import broadcast_int, log, world_size
 from sogclr.flags import Parser, add_shared_flags, data_label, non_defaults, number, refuse, resolve_precision
 from sogclr.isogclr import RobustGlobalContrastiveLoss
-from sogclr.launch import launch
+from sogclr.launch import launch, nothing_to_save
 from sogclr.loader import Loader, TwoViewBatches, check_batch_size
 from sogclr.loss import ContrastiveLoss, GlobalContrastiveLoss, gamma_at
 from sogclr.meters import AverageMeter, NanGuard, Progress
@@ -126,6 +126,8 @@ def run_name(args):
 
 def main_worker(args, device):
     check_flags(args)
+    if args.dry_run:
+        nothing_to_save()
     # Data: the workers make two uint8 crops per image, and color augmentation runs on the device.
     data = open_data_set(args.data_name, args.data, "train", args.image_size, labels=args.data_name != "folder")
     check_batch_size(args.batch_size, len(data.images))

@@ -19,7 +19,7 @@ from sogclr import InputError, Stopped, distributed, one_line
 from sogclr.distributed import escape_output, local_rank, log, ranks_here, world_size
 from sogclr.flags import refuse
 
-STOPPED = 75            # exit code after `Stopped` (EX_TEMPFAIL: try again)
+STOPPED = 75            # exit code after a signal (EX_TEMPFAIL: try again)
 GRACE_SECONDS = 10      # for the other ranks on this machine to end on their own after one has failed
 LOOKUP_SECONDS = 30     # for the host name of another machine to get an address; a cluster's machines start one by one
 AGAIN_SECONDS = 2       # until another signal counts as a second one: launchers signal a group and each process
@@ -35,7 +35,7 @@ def launch(main_worker, args):
     - `--world-size N --rank R` alone: this process is rank R of N;
     - else a single process, on `--gpu`, on the only GPU, or on the CPU.
 
-    All end with one line and exit code 2 after an InputError, with `STOPPED` after a Stopped, with 1 if a process has
+    All end with one line and exit code 2 after an InputError, with `STOPPED` after a signal, with 1 if a process has
     died, and with one traceback and 1 after any other error.
     """
     try:
@@ -239,7 +239,7 @@ class _Signals:
 
     def __enter__(self):
         self.first = None       # when the first one arrived, on the monotonic clock
-        self.saves = False      # whether the run has steps to finish, and then saves
+        self.saves = True       # whether the run has anything to save
         self.before = {number: signal.signal(number, self.listen) for number in self.NUMBERS}
 
     def __exit__(self, kind, *_):
@@ -258,8 +258,8 @@ class _Signals:
 
 
 class _StopSignals(_Signals):
-    """In a rank: ends the run at once before its steps. From then on, the first signal asks it to finish its step and
-    save, and another ends it at once.
+    """In a rank: the first signal asks the run to finish its step and save, another ends it at once. A run with nothing
+    to save ends at the first one.
     """
 
     first = answer = None       # answer: a function that waits for the ranks' answer
@@ -269,8 +269,8 @@ class _StopSignals(_Signals):
             self.end_at_once(number)
         if local_rank() == 0:
             _say(f"=> {signal.Signals(number).name}: " + (
-                "stops after this step and saves; a second signal stops at once" if self.saves else
-                "stops at once, with nothing to save; the same command starts again"))
+                "stops after this step and saves, or finishes after the last one; a second signal stops at once"
+                if self.saves else "stops at once, with nothing to save"))
         if not self.saves:
             os._exit(STOPPED)
 
@@ -301,9 +301,9 @@ def _say(line):
 _signals = _StopSignals()       # this process's
 
 
-def finish_steps():
-    """Call when a run's steps begin: from now on a signal lets it finish a step and save (see `stop_requested`)."""
-    _signals.saves = True
+def nothing_to_save():
+    """Call at the beginning of a run that has nothing to save: a signal then ends it at once, also with `STOPPED`."""
+    _signals.saves = False
 
 
 def stop_requested():

@@ -16,7 +16,7 @@ import torch
 from sogclr import InputError, Stopped, checkpoint, report
 from sogclr.checkpoint import LAST, PREVIOUS
 from sogclr.distributed import barrier, broadcast_int, log, rank
-from sogclr.launch import finish_steps, stop_requested
+from sogclr.launch import stop_requested
 
 
 class Run:
@@ -121,8 +121,6 @@ class Run:
 
     def __enter__(self):
         self.stack, self.logs = contextlib.ExitStack(), []
-        if self.write:
-            finish_steps()
         self.writer = self.stack.enter_context(
             checkpoint.Writer(self.folder if self.write else None, self.args.save_minutes))
         return self
@@ -137,7 +135,7 @@ class Run:
 
     def after_step(self, epoch, step, steps):
         """Save if due, and raise Stopped if a signal has asked for it; after an epoch's last step, `after_epoch` and
-        `stop_if_asked` do. A run that writes nothing is too short for that.
+        `stop_if_asked` do. A run that writes nothing ends at the signal.
         """
         if not self.write:
             return

@@ -63,13 +63,12 @@ def stop(*_, **__):
 
 
 @pytest.mark.parametrize(("module", "function", "flag"), [
-    ("train", "set_lr", "--dry-run"), ("lincls", "extract", "--logistic"),
-    ("lincls", "CachedFeatures", "--features=cached")])
+    ("train", "set_lr", "--dry-run"), ("lincls", "extract", "--logistic"), ("lincls", "evaluate_knn", "--knn")])
 def test_a_signal_stops_at_once_where_nothing_can_be_saved(module, function, flag, imagenet, tmp_path):
-    """With exit code 75, since the same command starts again."""
+    """With exit code 75, as if it had been saved: the same command starts again."""
     _, error = run(PYTHON, "-c", STOPPED.format(module=module, function=function), "--data", imagenet, *TINY,
                    "--save_dir", tmp_path, flag, code=75)
-    assert error == "=> SIGUSR1: stops at once, with nothing to save; the same command starts again\n"
+    assert error == "=> SIGUSR1: stops at once, with nothing to save\n"
 
 
 # train.py with an error in its second step. It prints how many workers are left at the end, before torch ends them.
