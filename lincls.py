@@ -233,13 +233,14 @@ class Evaluation:
 
     def write_results(self, path, **measured):
         """Write the run's results as JSON. `encoder`: its pretraining settings, if pretrained by train.py."""
-        log(f"=> {path}" + ": replaces that of an earlier run" * path.exists())
+        replaced = path.exists()
         report.write_json(path, {
             "protocol": self.protocol, "pretrained": self.args.pretrained or None, **self.pretraining,
             **measured, "effective_rank": effective_rank(self.encode, self.loader(self.rank_data)),
             "classes": len(self.classes), "train_images": len(self.train_data.images),
             "val_images": len(self.val_data.images), "seconds": round(time.perf_counter() - self.started, 1),
             "settings": self.settings, **report.environment_info(self.device)})
+        log(f"=> {path}" + ": replaces that of an earlier run" * replaced)
 
 
 def read_encoder(args, run):
