@@ -50,7 +50,7 @@ def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(module, workers, n
 
 
 # A script that gets a signal in one of its functions.
-STOPPED = """
+STOPS = """
 import os, signal, time, {module}
 
 def stop(*_, **__):
@@ -66,7 +66,7 @@ def stop(*_, **__):
     ("train", "set_lr", "--dry-run"), ("lincls", "extract", "--logistic"), ("lincls", "evaluate_knn", "--knn")])
 def test_a_signal_stops_at_once_where_nothing_can_be_saved(module, function, flag, imagenet, tmp_path):
     """With exit code 75, as if it had been saved: the same command starts again."""
-    _, error = run(PYTHON, "-c", STOPPED.format(module=module, function=function), "--data", imagenet, *TINY,
+    _, error = run(PYTHON, "-c", STOPS.format(module=module, function=function), "--data", imagenet, *TINY,
                    "--save_dir", tmp_path, flag, code=75)
     assert error == "=> SIGUSR1: stops at once, with nothing to save\n"
 
